@@ -1,0 +1,1 @@
+"""Encode, decode, paged attention: tensors in, tensors out."""

@@ -1,0 +1,110 @@
+"""Block tables in CSR form: which pages each sequence of a ragged batch attends to, in order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+__all__ = ["BlockTable", "FormatGroup"]
+
+NO_CODEBOOK = -1
+
+
+@dataclass(frozen=True)
+class FormatGroup:
+    """Entries of a block table that share a page format, on the device.
+
+    Attributes:
+        pages: ``[entries]`` int32 page ids (units of `GRANULE` bytes).
+        codebooks: ``[entries]`` int32 codebook ids, -1 where there is none.
+        positions: ``[entries]`` float32 frame position of each page, for RoPE.
+        indptr: ``[batch + 1]`` int32; sequence b owns entries ``indptr[b]:indptr[b + 1]``.
+        host_indptr: the same on the host.
+        order: for each entry its place among all entries of the table.
+    """
+
+    pages: torch.Tensor
+    codebooks: torch.Tensor
+    positions: torch.Tensor
+    indptr: torch.Tensor
+    host_indptr: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """Pages of each sequence in attention order; a value, immutable while a chunk is open.
+
+    Attributes:
+        pages: page id of each entry (the page starts at byte ``GRANULE * id`` of the pool).
+        codebooks: codebook id of each entry, or -1.
+        formats: index of each entry's layout in the list of page layouts.
+        positions: frame position of each entry, used by RoPE on read.
+        indptr: sequence b owns entries ``indptr[b]:indptr[b + 1]``.
+        device: where the kernels run.
+    """
+
+    pages: tuple[int, ...]
+    codebooks: tuple[int, ...]
+    formats: tuple[int, ...]
+    positions: tuple[float, ...]
+    indptr: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self.indptr) - 1
+
+    def entries(self, sequence: int) -> range:
+        """Indices of the entries of one sequence."""
+        return range(self.indptr[sequence], self.indptr[sequence + 1])
+
+    @classmethod
+    def concat(cls, tables: "Sequence[BlockTable]") -> "BlockTable":
+        """One table over the sequences of all `tables`, in order."""
+        indptr = [0]
+        for table in tables:
+            indptr.extend(indptr[-1] + end for end in table.indptr[1:])
+        return cls(
+            pages=sum((t.pages for t in tables), ()),
+            codebooks=sum((t.codebooks for t in tables), ()),
+            formats=sum((t.formats for t in tables), ()),
+            positions=sum((t.positions for t in tables), ()),
+            indptr=tuple(indptr),
+            device=tables[0].device,
+        )
+
+    @cached_property
+    def groups(self) -> dict[int, FormatGroup]:
+        """The entries by format index, uploaded once."""
+        return {fmt: self._group(fmt) for fmt in sorted(set(self.formats))}
+
+    def _group(self, fmt: int) -> FormatGroup:
+        order = tuple(i for i, f in enumerate(self.formats) if f == fmt)
+        indptr = [0]
+        for sequence in range(self.batch):
+            span = self.entries(sequence)
+            indptr.append(indptr[-1] + sum(1 for i in span if self.formats[i] == fmt))
+
+        def upload(values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor([values[i] for i in order], dtype=dtype).to(self.device, non_blocking=True)
+
+        return FormatGroup(
+            pages=upload(self.pages, torch.int32),
+            codebooks=upload(self.codebooks, torch.int32),
+            positions=upload(self.positions, torch.float32),
+            indptr=torch.tensor(indptr, dtype=torch.int32).to(self.device, non_blocking=True),
+            host_indptr=tuple(indptr),
+            order=order,
+        )
+
+    def dense(self, fill: int = -1) -> torch.Tensor:
+        """Page ids as ``[batch, longest]`` int32 on the host, padded with `fill`: the form LLM engines use."""
+        longest = max((len(self.entries(b)) for b in range(self.batch)), default=0)
+        out = torch.full((self.batch, longest), fill, dtype=torch.int32)
+        for b in range(self.batch):
+            pages = self.pages[self.indptr[b] : self.indptr[b + 1]]
+            out[b, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        return out

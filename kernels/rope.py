@@ -1,0 +1,117 @@
+"""Rotary position embedding of video tokens: where a token sits (frame, row, column) and how its channels turn.
+
+The channels of a head are split over the three axes as Wan does (frame gets what is left of head_dim after two
+thirds); pair j of an axis with m pairs turns by ``position * base ** (-j / m)``.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+
+from qvg_paged.kernels.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["RoPELayout", "RoPESpec", "RoPETables", "rotate"]
+
+
+class RoPELayout(Enum):
+    """Which two channels form a pair."""
+
+    INTERLEAVED = "interleaved"
+    """Channels 2j and 2j + 1 (Wan, Self-Forcing, LongCat)."""
+    HALF_SPLIT = "half-split"
+    """Channels j and j + head_dim / 2."""
+
+
+@dataclass(frozen=True)
+class RoPETables:
+    """Cosines and sines, apart for the frame axis and the two axes inside a frame.
+
+    Attributes:
+        cos_frame, sin_frame: ``[frames, frame_pairs]`` float32.
+        cos_space, sin_space: ``[tokens_per_frame, space_pairs]`` float32; rows first, then columns.
+    """
+
+    cos_frame: torch.Tensor
+    sin_frame: torch.Tensor
+    cos_space: torch.Tensor
+    sin_space: torch.Tensor
+
+    def expand(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of every token, each ``[frames * tokens_per_frame, head_dim / 2]`` float32."""
+        frames, tokens = len(self.cos_frame), len(self.cos_space)
+
+        def table(frame: torch.Tensor, space: torch.Tensor) -> torch.Tensor:
+            parts = [frame[:, None].expand(-1, tokens, -1), space[None].expand(frames, -1, -1)]
+            return torch.cat(parts, -1).flatten(0, 1)
+
+        return table(self.cos_frame, self.cos_space), table(self.sin_frame, self.sin_space)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoPESpec:
+    """Rotary embedding of a model's keys and queries.
+
+    Attributes:
+        head_dim: channels per head.
+        grid: rows and columns of tokens in a frame, raster order.
+        layout: how channels pair up.
+        pairs: pairs of the frame, row and column axes; None splits head_dim / 2 as Wan does.
+        bases: base of each axis.
+    """
+
+    head_dim: int
+    grid: tuple[int, int]
+    layout: RoPELayout = RoPELayout.INTERLEAVED
+    pairs: tuple[int, int, int] | None = None
+    bases: tuple[float, float, float] = (10000.0, 10000.0, 10000.0)
+
+    def __post_init__(self) -> None:
+        if self.pairs is None:
+            third = self.head_dim // 2 // 3
+            object.__setattr__(self, "pairs", (self.head_dim // 2 - 2 * third, third, third))
+        assert self.pairs is not None
+        if sum(self.pairs) * 2 != self.head_dim:
+            raise ArgumentError(f"pairs: expected a sum of head_dim / 2 = {self.head_dim // 2}, got {self.pairs}")
+        if min(self.grid) < 1:
+            raise ArgumentError(f"grid: expected positive rows and columns, got {self.grid}")
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Rows times columns."""
+        return self.grid[0] * self.grid[1]
+
+    def tables(self, frames: "Sequence[float] | torch.Tensor", device: torch.device | str = "cpu") -> RoPETables:
+        """Tables for the given frame positions, computed in float64."""
+        assert self.pairs is not None
+        position = torch.as_tensor(frames, dtype=torch.float64)
+        rows, columns = self.grid
+        raster = torch.arange(rows * columns, dtype=torch.float64)
+        angles = [
+            p[:, None] * base ** (-torch.arange(n, dtype=torch.float64) / max(n, 1))
+            for p, n, base in zip((position, raster // columns, raster % columns), self.pairs, self.bases, strict=True)
+        ]
+        frame, space = angles[0], torch.cat(angles[1:], -1)
+        values = (frame.cos(), frame.sin(), space.cos(), space.sin())
+        return RoPETables(*(v.to(device=device, dtype=torch.float32) for v in values))
+
+    def rotate(self, x: torch.Tensor, frames: "Sequence[float] | torch.Tensor") -> torch.Tensor:
+        """`x` ``[len(frames) * tokens_per_frame, heads, head_dim]`` turned to the given frame positions."""
+        return rotate(x, *self.tables(frames, x.device).expand(), self.layout)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: RoPELayout) -> torch.Tensor:
+    """`x` ``[tokens, heads, head_dim]`` turned by `cos`, `sin` ``[tokens, head_dim / 2]``, in float32, in x's dtype."""
+    cos, sin = cos[:, None], sin[:, None]
+    wide = x.float()
+    if layout is RoPELayout.INTERLEAVED:
+        a, b = wide[..., 0::2], wide[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    else:
+        a, b = wide.chunk(2, -1)
+        turned = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    return turned.to(x.dtype)

@@ -1,0 +1,1 @@
+"""Paged 2-bit KV cache for autoregressive video generation."""

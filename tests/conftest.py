@@ -1,0 +1,7 @@
+"""The checkout is dropped from `sys.path`: `kernels` and `scheduler` must be imported as installed."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
