@@ -1,1 +1,68 @@
-"""Paged 2-bit KV cache for autoregressive video generation."""
+"""Paged 2-bit KV cache for autoregressive video generation: one pool, many streams."""
+
+from qvg_paged.budget import Budget, Estimate, estimate
+from qvg_paged.chunk import Chunk, ChunkState
+from qvg_paged.config import CacheConfig, FreeFill, KeyRotation, ModelSpec, Window, parse_bytes
+from qvg_paged.errors import (
+    ArgumentError,
+    ConfigError,
+    IntegrityError,
+    NonFiniteError,
+    OutOfMemoryError,
+    QvgPagedError,
+    StaleHandleError,
+    StateError,
+)
+from qvg_paged.events import FAULT_POINTS, CacheEvent, EventKind, inject_fault
+from qvg_paged.kernels.attention import AttentionPath
+from qvg_paged.kernels.formats import FORMATS, QVG, QVG_PRO, CentroidType, Codec, Grid, PageFormat, ScaleRule
+from qvg_paged.kernels.rope import RoPELayout, RoPESpec
+from qvg_paged.manager import KVCacheManager
+from qvg_paged.stats import CacheStats, StreamStats
+from qvg_paged.stream import Stream
+from qvg_paged.timeline import Demand, Timeline
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FAULT_POINTS",
+    "FORMATS",
+    "QVG",
+    "QVG_PRO",
+    "ArgumentError",
+    "AttentionPath",
+    "Budget",
+    "CacheConfig",
+    "CacheEvent",
+    "CacheStats",
+    "CentroidType",
+    "Chunk",
+    "ChunkState",
+    "Codec",
+    "ConfigError",
+    "Demand",
+    "Estimate",
+    "EventKind",
+    "FreeFill",
+    "Grid",
+    "IntegrityError",
+    "KVCacheManager",
+    "KeyRotation",
+    "ModelSpec",
+    "NonFiniteError",
+    "OutOfMemoryError",
+    "PageFormat",
+    "QvgPagedError",
+    "RoPELayout",
+    "RoPESpec",
+    "ScaleRule",
+    "StaleHandleError",
+    "StateError",
+    "Stream",
+    "StreamStats",
+    "Timeline",
+    "Window",
+    "estimate",
+    "inject_fault",
+    "parse_bytes",
+]

@@ -1,0 +1,179 @@
+"""How a manager's bytes are split, and what a stream costs."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from qvg_paged.config import CacheConfig, ModelSpec, Window
+from qvg_paged.errors import ConfigError
+from qvg_paged.kernels.attention import attention_workspace_nbytes
+from qvg_paged.kernels.encode import encode_workspace_nbytes
+from qvg_paged.kernels.formats import DENSE, PageFormat
+from qvg_paged.kernels.layout import GRANULE, PageLayout, align
+from qvg_paged.kernels.rope import RoPELayout
+from qvg_paged.pool import SlabGeometry
+from qvg_paged.timeline import Demand, Timeline
+
+__all__ = ["Budget", "Estimate", "estimate", "page_layouts"]
+
+STAGING_SHARE = 16
+MAX_DEFAULT_STAGING = 256 << 20
+OVERHEAD_SHARE = 64
+MIN_OVERHEAD = 512 << 10
+
+
+def page_layouts(model: ModelSpec, config: CacheConfig) -> tuple[PageLayout, ...]:
+    """Layouts of unquantised pages (index 0) and, unless the format is dense, of quantised ones (index 1)."""
+    fmt = cast(PageFormat, config.format)
+
+    def layout(page_format: PageFormat) -> PageLayout:
+        return PageLayout.build(
+            page_format,
+            num_layers=model.num_layers,
+            tokens=model.tokens_per_frame,
+            heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=model.dtype,
+            span_tokens=config.span_frames * model.tokens_per_frame,
+            split_pairs=model.read_rope is not None and model.key_pairing is RoPELayout.INTERLEAVED,
+            key_pairing=model.key_pairing,
+        )
+
+    return (layout(DENSE),) if fmt.is_dense else (layout(DENSE), layout(fmt))
+
+
+def object_counts(layouts: tuple[PageLayout, ...], demand: Demand) -> Counter[int]:
+    """Pool objects of `demand` by size in bytes."""
+    counts: Counter[int] = Counter({layouts[0].page_nbytes: demand.dense_pages})
+    if len(layouts) > 1:
+        counts[layouts[1].page_nbytes] += demand.quantised_pages
+        if layouts[1].codebook_nbytes:
+            counts[layouts[1].codebook_nbytes] += demand.codebooks
+    return counts
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of a manager, adding up to at most ``CacheConfig.memory``.
+
+    Attributes:
+        pool: pages and codebooks.
+        staging: scratch for decoded history and partial results of attention.
+        encode: most that encoding a span allocates for a moment.
+        overhead: block tables, rotary tables, small copies of queries.
+        slabs: how the pool is cut.
+    """
+
+    pool: int
+    staging: int
+    encode: int
+    overhead: int
+    slabs: SlabGeometry
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.pool + self.staging + self.encode + self.overhead
+
+    @classmethod
+    def split(cls, model: ModelSpec, config: CacheConfig) -> "Budget":
+        """Split ``config.memory``.
+
+        Raises:
+            ConfigError: the pool could not hold one chunk of one stream; the message says how much is needed.
+        """
+        memory = cast(int, config.memory)
+        layouts = page_layouts(model, config)
+        sizes = [size for size in object_counts(layouts, Demand(1, 1, 1)) if size]
+        overhead = max(MIN_OVERHEAD, memory // OVERHEAD_SHARE)
+        least = attention_workspace_nbytes(
+            layouts, model.query_heads, model.frames_per_chunk * model.tokens_per_frame, torch.float32
+        )
+        chosen = cast("int | None", config.staging)
+        staging = align(chosen or max(least, min(memory // STAGING_SHARE, MAX_DEFAULT_STAGING)), GRANULE)
+        if staging < least:
+            raise ConfigError(f"staging: expected at least {least} bytes (one page of K and V, decoded), got {staging}")
+        encode = _encode_nbytes(model, config, layouts)
+        demand = Demand(model.frames_per_chunk + config.span_frames, config.span_frames, 1)
+        counts = object_counts(layouts, demand if len(layouts) > 1 else Demand(model.frames_per_chunk + 1))
+        try:
+            slabs = SlabGeometry.choose(sizes, memory - staging - encode - overhead)
+            fits = slabs.slabs_for(counts) <= slabs.num_slabs
+        except ConfigError:
+            fits = False
+        if not fits:
+            needed = staging + encode + overhead + sum(size * n for size, n in counts.items()) + 2 * max(sizes)
+            raise ConfigError(
+                f"memory: expected at least about {needed} bytes for one chunk, its span, staging and workspace, "
+                f"got {memory}; raise it or shorten span_frames"
+            )
+        return cls(slabs.nbytes, staging, encode, overhead, slabs)
+
+
+def _encode_nbytes(model: ModelSpec, config: CacheConfig, layouts: tuple[PageLayout, ...]) -> int:
+    if len(layouts) == 1:
+        return 0
+    tokens = config.span_frames * model.tokens_per_frame
+    gathered = tokens * model.num_kv_heads * model.head_dim * model.dtype.itemsize
+    parts = [part for part in (layouts[1].key, layouts[1].value) if not part.codec.is_dense]
+    return gathered + max(encode_workspace_nbytes(part, tokens) for part in parts)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one stream costs at its worst, and how many fit.
+
+    Attributes:
+        stream_nbytes: pages and codebooks of one stream, open chunk and closing span included.
+        dense_stream_nbytes: the same stream unquantised.
+        streams: streams that fit at their worst all at once.
+        dense_streams: streams that would fit unquantised in the same memory.
+        demand: the objects of one stream.
+        budget: how the manager's memory is split.
+    """
+
+    stream_nbytes: int
+    dense_stream_nbytes: int
+    streams: int
+    dense_streams: int
+    demand: Demand
+    budget: Budget
+
+    @property
+    def ratio(self) -> float:
+        """Unquantised bytes over bytes, for the same stream."""
+        return self.dense_stream_nbytes / self.stream_nbytes
+
+
+def stream_timeline(config: CacheConfig, window: Window) -> Timeline:
+    """Rules of a stream with that window."""
+    fmt = cast(PageFormat, config.format)
+    return Timeline(window, None if fmt.is_dense else config.span_frames)
+
+
+def estimate(model: ModelSpec, config: CacheConfig, window: Window, frames: int | None = None) -> Estimate:
+    """Bytes of a stream of `frames` frames (None: endless) and how many such streams fit.
+
+    Raises:
+        ConfigError: the budget cannot hold one chunk, or the window cannot hold a span.
+    """
+    budget = Budget.split(model, config)
+    layouts = page_layouts(model, config)
+    demand = stream_timeline(config, window).worst_demand(model.frames_per_chunk, frames)
+    counts = object_counts(layouts, demand)
+    plain = Timeline(window, None).worst_demand(model.frames_per_chunk, frames)
+    dense_nbytes = plain.dense_pages * layouts[0].page_nbytes
+
+    fit = 0
+    while budget.slabs.slabs_for(object_counts(layouts, demand * (fit + 1))) <= budget.slabs.num_slabs:
+        fit += 1
+    return Estimate(
+        stream_nbytes=sum(size * count for size, count in counts.items()),
+        dense_stream_nbytes=dense_nbytes,
+        streams=fit,
+        dense_streams=cast(int, config.memory) // dense_nbytes,
+        demand=demand,
+        budget=budget,
+    )

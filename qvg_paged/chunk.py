@@ -1,0 +1,108 @@
+"""The frames being denoised together: written over and over, then committed or thrown away."""
+
+from enum import Enum
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from qvg_paged.errors import StateError
+from qvg_paged.kernels.block_table import BlockTable
+from qvg_paged.page import Reservation
+from qvg_paged.scratch import ScratchWriter
+
+if TYPE_CHECKING:
+    from qvg_paged.stream import Stream
+
+__all__ = ["Chunk", "ChunkState"]
+
+
+class ChunkState(Enum):
+    """Where a chunk is in its life."""
+
+    OPEN = "open"
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+
+
+class Chunk:
+    """An open chunk of one stream; made by `Stream.begin_chunk`. As a context manager it aborts unless committed.
+
+    Attributes:
+        stream: the stream it extends.
+        frames: indices of its frames.
+        visible: history frames it attends to, ascending.
+        table: block table over the visible history, then its own frames; fixed while it is open.
+        state: open, committed or aborted.
+    """
+
+    def __init__(
+        self,
+        stream: "Stream",
+        frames: range,
+        visible: tuple[int, ...],
+        table: BlockTable,
+        reservation: Reservation,
+        writer: ScratchWriter,
+    ) -> None:
+        self.stream = stream
+        self.frames = frames
+        self.visible = visible
+        self.table = table
+        self.state = ChunkState.OPEN
+        self.reservation = reservation
+        self.writer = writer
+        self.written = [False] * stream.manager.model.num_layers
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the chunk: frames times tokens per frame."""
+        return len(self.frames) * self.stream.manager.model.tokens_per_frame
+
+    def require_open(self) -> None:
+        """Raise `StateError` unless the chunk is open."""
+        if self.state is not ChunkState.OPEN:
+            raise StateError(f"chunk: expected an open chunk, got one that is {self.state.value}; begin another")
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Overwrite the chunk's K and V of `layer` and attend to visible history and the chunk itself.
+
+        Args:
+            layer: 0 to ``num_layers - 1``.
+            q: ``[tokens, num_q_heads, head_dim]``, any float dtype, already rotated.
+            k: ``[tokens, num_kv_heads, head_dim]``, the model's dtype; rotated unless ``rope="on_read"``.
+            v: as `k`.
+
+        Returns:
+            ``[tokens, num_q_heads, head_dim]`` in q's dtype.
+
+        Raises:
+            ArgumentError: a shape, dtype or device differs; nothing was written.
+            StateError: the chunk is not open.
+        """
+        return self.stream.manager.attend(layer, [self], q, k, v)
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Overwrite the chunk's K and V of `layer` without attending (prefill). Arguments and errors as `attend`."""
+        self.stream.manager.write(layer, [self], k, v)
+
+    def commit(self) -> None:
+        """Make the frames history, quantise spans that are full now, and move the window.
+
+        Raises:
+            StateError: a layer was never written, or the chunk is not open; nothing changed.
+            NonFiniteError: K or V hold NaN or infinity; the chunk was aborted.
+        """
+        self.stream.manager.commit(self)
+
+    def abort(self) -> None:
+        """Throw the chunk away; the stream is as it was. Does nothing on a finished chunk."""
+        self.stream.manager.abort(self)
+
+    def __enter__(self) -> "Chunk":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()

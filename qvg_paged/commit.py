@@ -1,0 +1,74 @@
+"""Commit of a chunk: check, encode what is full, then change the books in one go that cannot fail."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qvg_paged.chunk import Chunk, ChunkState
+from qvg_paged.errors import NonFiniteError, StateError
+from qvg_paged.events import EventKind, fault_point
+from qvg_paged.kernels.layout import GRANULE
+from qvg_paged.page import DENSE_FORMAT, Page
+
+if TYPE_CHECKING:
+    from qvg_paged.manager import KVCacheManager
+
+__all__ = ["commit_chunk"]
+
+
+def commit_chunk(manager: "KVCacheManager", chunk: Chunk) -> None:
+    """See `Chunk.commit`. Whatever fails before the books change aborts the chunk and leaves the stream as it was."""
+    chunk.require_open()
+    missing = [layer for layer, written in enumerate(chunk.written) if not written]
+    if missing:
+        raise StateError(f"commit: expected K and V in every layer, layers {missing} were never written")
+    stream = chunk.stream
+    dense = {**stream.pages, **dict(zip(chunk.frames, chunk.reservation.scratch, strict=True))}
+    first = stream.timeline.closed_spans(stream.committed)
+    closing = [stream.timeline.span(first + index) for index in range(len(chunk.reservation.spans))]
+    try:
+        fault_point("commit.check")
+        _require_finite(manager, chunk)
+        for span, quantised in zip(closing, chunk.reservation.spans, strict=True):
+            manager.encoder.encode([dense[frame] for frame in span], quantised)
+        fault_point("encode.publish")
+        fault_point("stream.evict")
+    except BaseException:
+        manager.abort(chunk)
+        raise
+    manager.finish(chunk, ChunkState.COMMITTED)
+    stream.pages = dense
+    stream.committed = chunk.frames.stop
+    manager.emit(EventKind.COMMIT, stream, tuple(chunk.frames), chunk.reservation.scratch)
+    leaving: list[Page] = []
+    for span, quantised in zip(closing, chunk.reservation.spans, strict=True):
+        leaving += [dense[frame] for frame in span]
+        stream.pages.update(zip(span, quantised, strict=True))
+        manager.emit(EventKind.PUBLISH, stream, tuple(span), quantised)
+    manager.release(stream.tenant, leaving + _evict(manager, chunk))
+
+
+def _require_finite(manager: "KVCacheManager", chunk: Chunk) -> None:
+    """One reduction over the scratch pages; a minimum or maximum is NaN if any value is."""
+    layout, buffer = manager.layouts[DENSE_FORMAT], manager.store.pool.buffer
+    ends = []
+    for page in chunk.reservation.scratch:
+        start = page.id * GRANULE
+        values = buffer[start : start + layout.num_layers * layout.layer_nbytes].view(manager.model.dtype)
+        ends += values.aminmax()
+    if not torch.stack(ends).isfinite().all().item():
+        raise NonFiniteError(
+            f"commit: expected finite K and V, frames {chunk.frames.start}-{chunk.frames.stop - 1} of stream "
+            f"{chunk.stream.id!r} hold NaN or infinity; the chunk was aborted"
+        )
+
+
+def _evict(manager: "KVCacheManager", chunk: Chunk) -> list[Page]:
+    """Take frames that left the window out of the stream; their pages, still to be released."""
+    stream = chunk.stream
+    kept = set(stream.timeline.kept(stream.committed))
+    gone = tuple(frame for frame in stream.pages if frame not in kept)
+    pages = [stream.pages.pop(frame) for frame in gone]
+    if gone:
+        manager.emit(EventKind.EVICT, stream, gone, pages)
+    return pages

@@ -1,0 +1,199 @@
+"""What a model's cache looks like, what a manager may use, and what a stream keeps. Frozen values, checked on creation."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+from qvg_paged.errors import ConfigError
+from qvg_paged.kernels.attention import AttentionPath
+from qvg_paged.kernels.formats import PageFormat, get_format
+from qvg_paged.kernels.rope import RoPELayout, RoPESpec
+
+__all__ = ["CacheConfig", "FreeFill", "KeyRotation", "ModelSpec", "Window", "parse_bytes"]
+
+HEAD_DIMS = (64, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_UNITS = {"": 1, "B": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes of ``"24GiB"``, ``"100MB"``, ``"512 KiB"`` or a plain number.
+
+    Raises:
+        ConfigError: not a positive size.
+    """
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]?I?)B?\s*", size.upper())
+        if not match:
+            raise ConfigError(f'memory: expected bytes or a size such as "24GiB", got {size!r}')
+        size = int(float(match[1]) * _UNITS[match[2]])
+    if size <= 0:
+        raise ConfigError(f"memory: expected a positive size, got {size}")
+    return size
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+class KeyRotation(Enum):
+    """Whether the engine's keys carry their rotary embedding already."""
+
+    APPLIED = "applied"
+    """Keys come rotated (HY-WorldPlay, LingBot); they are read back as stored."""
+    ON_READ = "on_read"
+    """Keys come unrotated (Self-Forcing, LongCat); reading turns them to the positions of the visible frames."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Geometry of a model's self-attention cache; with sharded heads, that of one rank.
+
+    Attributes:
+        num_layers: layers with a self-attention cache.
+        num_kv_heads: KV heads of this rank.
+        head_dim: 64, 128 or 256.
+        tokens_per_frame: tokens of one latent frame.
+        frames_per_chunk: most frames denoised together.
+        num_q_heads: query heads, a multiple of `num_kv_heads`; None for as many.
+        softmax_scale: None for ``head_dim ** -0.5``.
+        dtype: of K and V as the engine gives them, and of unquantised pages.
+        rope: whether keys come rotated; queries always do.
+        rope_spec: how to rotate, required with ``rope="on_read"``.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    tokens_per_frame: int
+    frames_per_chunk: int
+    num_q_heads: int | None = None
+    softmax_scale: float | None = None
+    dtype: torch.dtype = torch.bfloat16
+    rope: KeyRotation | str = KeyRotation.APPLIED
+    rope_spec: RoPESpec | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_kv_heads", "tokens_per_frame", "frames_per_chunk"):
+            _require(getattr(self, name) >= 1, f"{name}: expected >= 1, got {getattr(self, name)}")
+        _require(self.head_dim in HEAD_DIMS, f"head_dim: expected one of {HEAD_DIMS}, got {self.head_dim}")
+        _require(self.dtype in DTYPES, f"dtype: expected one of {DTYPES}, got {self.dtype}")
+        if self.num_q_heads is None:
+            object.__setattr__(self, "num_q_heads", self.num_kv_heads)
+        _require(
+            self.query_heads % self.num_kv_heads == 0,
+            f"num_q_heads: expected a multiple of num_kv_heads={self.num_kv_heads}, got {self.num_q_heads}",
+        )
+        known = [mode.value for mode in KeyRotation]
+        if isinstance(self.rope, str):
+            _require(self.rope in known, f"rope: expected one of {known}, got {self.rope!r}")
+            object.__setattr__(self, "rope", KeyRotation(self.rope))
+        if self.rope is KeyRotation.ON_READ:
+            _require(self.rope_spec is not None, 'rope_spec: expected a RoPESpec with rope="on_read", got None')
+        if self.rope_spec is not None:
+            spec = self.rope_spec
+            _require(
+                (spec.head_dim, spec.tokens_per_frame) == (self.head_dim, self.tokens_per_frame),
+                f"rope_spec: expected head_dim={self.head_dim} and {self.tokens_per_frame} tokens per frame, "
+                f"got {spec.head_dim} and {spec.tokens_per_frame}",
+            )
+
+    @property
+    def query_heads(self) -> int:
+        """Query heads of this rank."""
+        return self.num_q_heads or self.num_kv_heads
+
+    @property
+    def scale(self) -> float:
+        """The softmax scale in force."""
+        return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+
+    @property
+    def read_rope(self) -> RoPESpec | None:
+        """Rotation to apply when keys are read, or None."""
+        return self.rope_spec if self.rope is KeyRotation.ON_READ else None
+
+    @property
+    def key_pairing(self) -> RoPELayout:
+        """Which key channels turn together, so that balancing may divide both by the same number."""
+        return self.rope_spec.layout if self.rope_spec else RoPELayout.INTERLEAVED
+
+    @property
+    def frame_nbytes(self) -> int:
+        """Bytes of one frame's K and V, unquantised, all layers."""
+        elements = self.num_layers * 2 * self.tokens_per_frame * self.num_kv_heads * self.head_dim
+        return elements * self.dtype.itemsize
+
+
+class FreeFill(Enum):
+    """What memory is overwritten with when it is returned, before anyone else can get it."""
+
+    ZERO = "zero"
+    POISON = "poison"
+    """Bytes 0xFF, which read as NaN: for tests."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """What a manager may use and how it stores history.
+
+    Attributes:
+        memory: everything the manager allocates: pool, codebooks, staging, encode workspace, tables.
+        format: name of a known format or a `PageFormat`.
+        span_frames: consecutive frames quantised together.
+        device: where the pool lives.
+        staging: bytes of scratch for decoded history; None for 1/16 of `memory`, at most 256 MiB.
+        path: how attention reads pages.
+        free_fill: what returned memory is overwritten with.
+        on_event: called with every `CacheEvent`.
+    """
+
+    memory: int | str
+    format: str | PageFormat = "qvg4-int2"
+    span_frames: int = 24
+    device: str | torch.device = "cpu"
+    staging: int | str | None = None
+    path: AttentionPath | str = AttentionPath.AUTO
+    free_fill: FreeFill = FreeFill.ZERO
+    on_event: Callable[[Any], None] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "memory", parse_bytes(self.memory))
+        object.__setattr__(self, "format", get_format(self.format))
+        object.__setattr__(self, "device", torch.device(self.device))
+        if self.staging is not None:
+            object.__setattr__(self, "staging", parse_bytes(self.staging))
+        if isinstance(self.path, str):
+            known = [path.value for path in AttentionPath]
+            _require(self.path in known, f"path: expected one of {known}, got {self.path!r}")
+            object.__setattr__(self, "path", AttentionPath(self.path))
+        _require(self.span_frames >= 1, f"span_frames: expected >= 1, got {self.span_frames}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """What a stream keeps of its history.
+
+    Attributes:
+        sink_frames: first frames, visible for ever.
+        recent_frames: newest committed frames that stay visible.
+        bf16_sink: keep the sink frames unquantised.
+        bf16_recent: newest frames kept unquantised, beyond the open span.
+        retrieval_frames: frames kept past the visible ones for `begin_chunk(retrieve=...)`, newest first.
+    """
+
+    sink_frames: int = 0
+    recent_frames: int
+    bf16_sink: bool = False
+    bf16_recent: int = 0
+    retrieval_frames: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("sink_frames", "bf16_recent", "retrieval_frames"):
+            _require(getattr(self, name) >= 0, f"{name}: expected >= 0, got {getattr(self, name)}")
+        _require(self.recent_frames >= 1, f"recent_frames: expected >= 1, got {self.recent_frames}")

@@ -1,0 +1,92 @@
+"""What the store tells the outside (one event sink) and lets tests break (named fault points)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+from qvg_paged.errors import ArgumentError
+
+__all__ = ["FAULT_POINTS", "CacheEvent", "EventKind", "fault_point", "inject_fault"]
+
+
+class EventKind(Enum):
+    """What happened to pages."""
+
+    ALLOCATE = "allocate"
+    """Pages were taken from the pool for a chunk (scratch, and pages of a span that will close)."""
+    COMMIT = "commit"
+    """A chunk's frames became history."""
+    PUBLISH = "publish"
+    """A span's quantised pages replaced its dense ones."""
+    EVICT = "evict"
+    """Frames left the window."""
+    FREE = "free"
+    """Memory went back to the pool."""
+
+
+@dataclass(frozen=True)
+class CacheEvent:
+    """One change of the store.
+
+    Attributes:
+        kind: what happened.
+        tenant: owner of the pages.
+        stream: stream id; empty where memory is returned.
+        frames: frames concerned, if any.
+        pages: page ids concerned.
+        nbytes: bytes of these pages and of codebooks that came or went with them.
+    """
+
+    kind: EventKind
+    tenant: str
+    stream: str
+    frames: tuple[int, ...]
+    pages: tuple[int, ...]
+    nbytes: int
+
+
+FAULT_POINTS = (
+    "pool.allocate",
+    "chunk.reserve",
+    "chunk.write",
+    "commit.check",
+    "encode.layer",
+    "encode.publish",
+    "stream.evict",
+    "stream.fork",
+)
+"""Names accepted by `inject_fault`, in the order of a chunk's life."""
+
+_armed: dict[str, Callable[[], None]] = {}
+
+
+def fault_point(name: str) -> None:
+    """Mark a place where a test may fail the store."""
+    if _armed and name in _armed:
+        _armed[name]()
+
+
+@contextmanager
+def inject_fault(name: str, error: BaseException, *, skip: int = 0) -> Iterator[list[int]]:
+    """Raise `error` at the fault point `name` on its call number `skip` (from 0), once.
+
+    Yields a list that holds the number of calls seen so far in its only element.
+
+    Raises:
+        ArgumentError: unknown point; the message lists the known ones.
+    """
+    if name not in FAULT_POINTS:
+        raise ArgumentError(f"name: expected one of {', '.join(FAULT_POINTS)}, got {name!r}")
+    seen = [0]
+
+    def fire() -> None:
+        seen[0] += 1
+        if seen[0] == skip + 1:
+            raise error
+
+    _armed[name] = fire
+    try:
+        yield seen
+    finally:
+        del _armed[name]

@@ -1,0 +1,30 @@
+"""Order of work on a device: a mark in a CUDA stream, or nothing on a CPU, where work is done when a call returns."""
+
+import torch
+
+__all__ = ["Fence"]
+
+
+class Fence:
+    """A point in the device's current stream: everything launched before it."""
+
+    def __init__(self, event: "torch.cuda.Event | None") -> None:
+        self._event = event
+
+    @classmethod
+    def record(cls, device: torch.device) -> "Fence":
+        """A fence behind all work launched so far on the current stream of `device`."""
+        if device.type != "cuda":
+            return cls(None)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        return cls(event)
+
+    def passed(self) -> bool:
+        """Whether that work is done, without waiting."""
+        return self._event is None or self._event.query()
+
+    def order_after(self) -> None:
+        """Let the current stream wait for that work; the host does not wait."""
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)

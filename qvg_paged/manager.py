@@ -1,0 +1,361 @@
+"""The cache manager: many streams, one pool.
+
+Threads: every method takes one lock, so bookkeeping is safe from any thread. CUDA streams: all `attend` and `write`
+calls of a manager go to one CUDA stream at a time, the caller's current one; whoever switches orders the two. Memory
+is reused only behind everything launched before it was returned. One manager per device or rank.
+"""
+
+from collections.abc import Mapping, Sequence
+from threading import RLock
+from typing import cast
+
+import torch
+
+from qvg_paged.budget import Budget, Demand, object_counts, page_layouts, stream_timeline
+from qvg_paged.checks import check_kv, check_layer, check_queries
+from qvg_paged.chunk import Chunk, ChunkState
+from qvg_paged.commit import commit_chunk
+from qvg_paged.config import CacheConfig, ModelSpec, Window
+from qvg_paged.encoder import SpanEncoder
+from qvg_paged.errors import ArgumentError, StateError
+from qvg_paged.events import CacheEvent, EventKind, fault_point
+from qvg_paged.kernels.attention import AttentionPath, paged_attention
+from qvg_paged.kernels.block_table import BlockTable
+from qvg_paged.kernels.decode import decode_pages
+from qvg_paged.kernels.digest import digest_bytes
+from qvg_paged.kernels.layout import GRANULE
+from qvg_paged.page import DENSE_FORMAT, Page, PageStore
+from qvg_paged.pool import SlabPool
+from qvg_paged.scratch import ScratchWriter
+from qvg_paged.stats import CacheStats, stream_stats, tenant_nbytes
+from qvg_paged.stream import Stream
+
+__all__ = ["KVCacheManager"]
+
+
+class KVCacheManager:
+    """Owns the pool and everything in it.
+
+    Args:
+        model: geometry of the model's cache.
+        config: memory, format, device.
+
+    Attributes:
+        model, config: as given.
+        budget: how the memory is split.
+        layouts: page layouts; index 0 is the unquantised one.
+        streams: open streams by id.
+
+    Raises:
+        ConfigError: the memory cannot hold one chunk; the message says how much is needed.
+    """
+
+    def __init__(self, model: ModelSpec, config: CacheConfig) -> None:
+        self.model = model
+        self.config = config
+        self.budget = Budget.split(model, config)
+        self.layouts = page_layouts(model, config)
+        device = torch.empty(0, device=cast(torch.device, config.device)).device
+        sizes = [size for size in object_counts(self.layouts, Demand(1, 1, 1)) if size]
+        self._pool = SlabPool(self.budget.slabs, sizes, device, config.free_fill)
+        self._staging = torch.empty(self.budget.staging, dtype=torch.uint8, device=device)
+        self.store = PageStore(self._pool, self.layouts)
+        self.encoder = SpanEncoder(self._pool.buffer, self.layouts)
+        self.streams: dict[str, Stream] = {}
+        self._batches: dict[tuple[int, ...], tuple[BlockTable, ScratchWriter]] = {}
+        self._lock = RLock()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pool lives."""
+        return self._pool.buffer.device
+
+    def open(self, stream_id: str, *, tenant: str = "default", window: Window) -> Stream:
+        """Open a stream; takes no memory before its first chunk.
+
+        Raises:
+            ArgumentError: the id is in use.
+            ConfigError: the window cannot hold a span.
+        """
+        with self._lock:
+            timeline = stream_timeline(self.config, window)
+            return self._add(Stream(self, stream_id, tenant, timeline))
+
+    def _add(self, stream: Stream) -> Stream:
+        if not isinstance(stream.id, str) or not stream.id:
+            raise ArgumentError(f"stream_id: expected a non-empty string, got {stream.id!r}")
+        if stream.id in self.streams:
+            raise ArgumentError(f"stream_id: expected an id not in use, got {stream.id!r}; close that stream first")
+        self.streams[stream.id] = stream
+        return stream
+
+    def begin_chunks(
+        self,
+        streams: Sequence[Stream],
+        frames: int | None = None,
+        *,
+        retrieve: Sequence[int] = (),
+        positions: Mapping[int, float] | None = None,
+    ) -> list[Chunk]:
+        """Open a chunk on each stream, all or none: CFG branches begin together. See `Stream.begin_chunk`."""
+        with self._lock:
+            count = self.model.frames_per_chunk if frames is None else frames
+            if not 1 <= count <= self.model.frames_per_chunk:
+                raise ArgumentError(
+                    f"frames: expected 1 to frames_per_chunk={self.model.frames_per_chunk}, got {count}"
+                )
+            if len(set(streams)) != len(streams):
+                raise ArgumentError("streams: expected each stream once")
+            visible = [self._ready(stream, retrieve) for stream in streams]
+            spans = [self._closing_spans(stream, count) for stream in streams]
+            total = sum(spans)
+            self.store.require(Demand(count * len(streams), total * self.config.span_frames, total))
+            chunks: list[Chunk] = []
+            try:
+                for stream, frames_seen, closing in zip(streams, visible, spans, strict=True):
+                    chunks.append(self._begin(stream, count, frames_seen, closing, positions or {}))
+            except BaseException:
+                for chunk in chunks:
+                    self.abort(chunk)
+                raise
+            return chunks
+
+    def _ready(self, stream: Stream, retrieve: Sequence[int]) -> tuple[int, ...]:
+        if stream.manager is not self:
+            raise ArgumentError(f"streams: expected streams of this manager, got {stream.id!r} of another")
+        stream.require_open()
+        if stream.chunk is not None:
+            raise StateError(f"stream: {stream.id!r} has an open chunk; commit or abort it first")
+        return stream.visible(retrieve)
+
+    @staticmethod
+    def _closing_spans(stream: Stream, frames: int) -> int:
+        timeline = stream.timeline
+        return timeline.closed_spans(stream.committed + frames) - timeline.closed_spans(stream.committed)
+
+    def _begin(
+        self, stream: Stream, count: int, visible: tuple[int, ...], closing: int, positions: Mapping[int, float]
+    ) -> Chunk:
+        frames = range(stream.committed, stream.committed + count)
+        fault_point("chunk.reserve")
+        reservation = self.store.reserve(stream.tenant, count, closing, self.config.span_frames)
+        self.encoder.order_after()
+        pages = [stream.pages[frame] for frame in visible] + reservation.scratch
+        table = BlockTable(
+            pages=tuple(page.id for page in pages),
+            codebooks=tuple(page.codebook_id for page in pages),
+            formats=tuple(page.format for page in pages),
+            positions=tuple(float(positions.get(frame, frame)) for frame in (*visible, *frames)),
+            indptr=(0, len(pages)),
+            device=self.device,
+        )
+        writer = ScratchWriter(self._pool.buffer, self.layouts[DENSE_FORMAT], reservation.scratch)
+        chunk = stream.chunk = Chunk(stream, frames, visible, table, reservation, writer)
+        self.emit(EventKind.ALLOCATE, stream, tuple(frames), reservation.pages)
+        return chunk
+
+    def attend(
+        self, layer: int, chunks: Sequence[Chunk], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """`Chunk.attend` for several chunks in one launch: tokens of all chunks concatenated in order.
+
+        Args:
+            layer: 0 to ``num_layers - 1``.
+            chunks: open chunks of this manager, each once.
+            q: ``[sum of tokens, num_q_heads, head_dim]``.
+            k, v: ``[sum of tokens, num_kv_heads, head_dim]``.
+
+        Returns:
+            ``[sum of tokens, num_q_heads, head_dim]`` in q's dtype.
+        """
+        with self._lock, torch.no_grad():
+            tokens = self._check_chunks(layer, chunks)
+            check_queries(q, sum(tokens), self.model, self.device)
+            check_kv(k, v, sum(tokens), self.model, self.device)
+            table, writer = self._batch(chunks)
+            self._write(layer, chunks, writer, k, v)
+            offsets = [0]
+            for count in tokens:
+                offsets.append(offsets[-1] + count)
+            out, _ = paged_attention(
+                q,
+                self._pool.buffer,
+                table,
+                self.layouts,
+                layer,
+                cu_seqlens_q=offsets,
+                softmax_scale=self.model.scale,
+                rope=self.model.read_rope,
+                path=cast(AttentionPath, self.config.path),
+                workspace=self._staging,
+            )
+            return out
+
+    def write(self, layer: int, chunks: Sequence[Chunk], k: torch.Tensor, v: torch.Tensor) -> None:
+        """`Chunk.write` for several chunks at once; arguments as `attend`."""
+        with self._lock, torch.no_grad():
+            tokens = self._check_chunks(layer, chunks)
+            check_kv(k, v, sum(tokens), self.model, self.device)
+            self._write(layer, chunks, self._batch(chunks)[1], k, v)
+
+    def _check_chunks(self, layer: int, chunks: Sequence[Chunk]) -> list[int]:
+        check_layer(layer, self.model)
+        if not chunks or len({id(chunk) for chunk in chunks}) != len(chunks):
+            raise ArgumentError(f"chunks: expected one or more, each once, got {len(chunks)}")
+        for chunk in chunks:
+            chunk.require_open()
+            if chunk.stream.manager is not self:
+                raise ArgumentError("chunks: expected chunks of this manager")
+        return [chunk.num_tokens for chunk in chunks]
+
+    def _batch(self, chunks: Sequence[Chunk]) -> tuple[BlockTable, ScratchWriter]:
+        if len(chunks) == 1:
+            return chunks[0].table, chunks[0].writer
+        key = tuple(id(chunk) for chunk in chunks)
+        if key not in self._batches:
+            pages = [page for chunk in chunks for page in chunk.reservation.scratch]
+            writer = ScratchWriter(self._pool.buffer, self.layouts[DENSE_FORMAT], pages)
+            self._batches[key] = (BlockTable.concat([chunk.table for chunk in chunks]), writer)
+        return self._batches[key]
+
+    @staticmethod
+    def _write(layer: int, chunks: Sequence[Chunk], writer: ScratchWriter, k: torch.Tensor, v: torch.Tensor) -> None:
+        fault_point("chunk.write")
+        writer.write(layer, k, v)
+        for chunk in chunks:
+            chunk.written[layer] = True
+
+    def block_tables(self, chunks: Sequence[Chunk]) -> BlockTable:
+        """Block table of open chunks, for engines that call the kernels themselves; `BlockTable.dense` pads it."""
+        with self._lock:
+            self._check_chunks(0, chunks)
+            return self._batch(chunks)[0]
+
+    def commit(self, chunk: Chunk) -> None:
+        """See `Chunk.commit`."""
+        with self._lock, torch.no_grad():
+            commit_chunk(self, chunk)
+
+    def abort(self, chunk: Chunk) -> None:
+        """See `Chunk.abort`."""
+        with self._lock:
+            if chunk.state is ChunkState.OPEN:
+                self.finish(chunk, ChunkState.ABORTED)
+                self.release(chunk.stream.tenant, chunk.reservation.pages)
+
+    def finish(self, chunk: Chunk, state: ChunkState) -> None:
+        """Detach a chunk from its stream and drop batches it was part of."""
+        chunk.state = state
+        chunk.stream.chunk = None
+        self._batches = {key: batch for key, batch in self._batches.items() if id(chunk) not in key}
+
+    def release(self, tenant: str, pages: list[Page]) -> None:
+        """Take an owner from each page; memory is reusable once what was launched so far is done."""
+        returned = self.store.release(pages, self.encoder.fence()) if pages else 0
+        if returned:
+            freed = tuple(page.id for page in pages if not page.owners)
+            self._send(CacheEvent(EventKind.FREE, tenant, "", (), freed, returned))
+
+    def fork(self, stream: Stream, stream_id: str) -> Stream:
+        """See `Stream.fork`."""
+        with self._lock:
+            stream.require_open()
+            fault_point("stream.fork")
+            branch = self._add(Stream(self, stream_id, stream.tenant, stream.timeline))
+            self.store.retain(list(stream.pages.values()))
+            branch.pages = dict(stream.pages)
+            branch.committed = stream.committed
+            return branch
+
+    def close_stream(self, stream: Stream) -> None:
+        """See `Stream.close`."""
+        with self._lock:
+            if stream.closed:
+                return
+            if stream.chunk is not None:
+                self.abort(stream.chunk)
+            stream.closed = True
+            del self.streams[stream.id]
+            self.release(stream.tenant, list(stream.pages.values()))
+            stream.pages = {}
+
+    def read(
+        self, stream: Stream, layer: int, frames: Sequence[int] | None, dtype: torch.dtype | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Stream.read`."""
+        with self._lock, torch.no_grad():
+            stream.require_open()
+            check_layer(layer, self.model)
+            wanted = list(stream.pages) if frames is None else list(frames)
+            missing = sorted(set(wanted) - set(stream.pages))
+            if missing:
+                raise ArgumentError(f"frames: expected frames that are still stored, got {missing}")
+            self.encoder.order_after()
+            model = self.model
+            shape = (len(wanted), model.tokens_per_frame, model.num_kv_heads, model.head_dim)
+            out_k, out_v = (torch.empty(shape, dtype=dtype or model.dtype, device=self.device) for _ in range(2))
+            for place, frame in enumerate(wanted):
+                self._decode(stream.pages[frame], layer, out_k[place], out_v[place])
+            return out_k.flatten(0, 1), out_v.flatten(0, 1)
+
+    def _decode(self, page: Page, layer: int, out_k: torch.Tensor, out_v: torch.Tensor) -> None:
+        layout = self.layouts[page.format]
+        ids = torch.tensor([[page.id], [page.codebook_id]], dtype=torch.int32).to(self.device)
+        for part, offset, book, out in (
+            (layout.key, layout.key_offset(layer), layout.key_codebook_offset(layer), out_k),
+            (layout.value, layout.value_offset(layer), layout.value_codebook_offset(layer), out_v),
+        ):
+            decode_pages(self._pool.buffer, ids[0], ids[1], part, offset, book, out)
+
+    def digests(self, stream: Stream) -> dict[int, int]:
+        """See `Stream.digests`."""
+        with self._lock:
+            stream.require_open()
+            self.encoder.order_after()
+            return {frame: self._digest(page) for frame, page in stream.pages.items()}
+
+    def _digest(self, page: Page) -> int:
+        buffer, layout = self._pool.buffer, self.layouts[page.format]
+        digest = digest_bytes(buffer, page.id * GRANULE, layout.num_layers * layout.layer_nbytes)
+        if page.codebook:
+            start = page.codebook_id * GRANULE
+            digest ^= digest_bytes(buffer, start, layout.num_layers * layout.codebook_layer_nbytes)
+        return digest
+
+    def stats(self) -> CacheStats:
+        """Books of the moment."""
+        with self._lock:
+            self._pool.reclaim(wait=False)
+            dense = self.layouts[DENSE_FORMAT].page_nbytes
+            return CacheStats(
+                budget=self.budget,
+                used_nbytes=self._pool.used_nbytes,
+                peak_nbytes=self._pool.peak_nbytes,
+                free_nbytes=self._pool.free_nbytes,
+                tenant_nbytes=tenant_nbytes(self._pool),
+                streams={
+                    stream.id: stream_stats(stream.tenant, stream.committed, stream.pages.values(), dense)
+                    for stream in self.streams.values()
+                },
+            )
+
+    def check_integrity(self) -> None:
+        """Walk all books and raise `IntegrityError` if a byte, an owner or a codebook is not accounted for."""
+        with self._lock:
+            held: list[Page] = []
+            for stream in self.streams.values():
+                held += stream.pages.values()
+                if stream.chunk is not None:
+                    held += stream.chunk.reservation.pages
+            self.store.check_integrity(held)
+
+    def emit(self, kind: EventKind, stream: Stream, frames: tuple[int, ...], pages: list[Page]) -> None:
+        """Tell the event sink about pages of a stream."""
+        if self.config.on_event is not None:
+            books = {page.codebook for page in pages if page.codebook}
+            nbytes = sum(page.slot.nbytes for page in pages) + sum(book.slot.nbytes for book in books)
+            self._send(CacheEvent(kind, stream.tenant, stream.id, frames, tuple(p.id for p in pages), nbytes))
+
+    def _send(self, event: CacheEvent) -> None:
+        if self.config.on_event is not None:
+            self.config.on_event(event)

@@ -1,0 +1,263 @@
+"""One byte budget for objects of a few sizes: equal slabs, each cut for one size at a time.
+
+A slab is the unit that moves between sizes; inside a slab all slots are equal, so a page is contiguous and one int32
+names it. New objects fill the lowest slab of their size that has room, and a size takes a further slab only when it
+has no free slot left. Therefore a size that never holds more than n objects never holds more than
+``ceil(n / slots per slab)`` slabs, whatever the order of frees: admission by worst case cannot be broken by
+fragmentation.
+"""
+
+import bisect
+import heapq
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from qvg_paged.config import FreeFill
+from qvg_paged.errors import ConfigError, IntegrityError, OutOfMemoryError, StaleHandleError
+from qvg_paged.events import fault_point
+from qvg_paged.fence import Fence
+from qvg_paged.kernels.layout import GRANULE, align
+
+__all__ = ["SlabGeometry", "SlabPool", "Slot"]
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """Memory of one object. Two slots are the same only if they are one object: a reused address is another slot.
+
+    Attributes:
+        id: offset in the pool in units of `GRANULE` bytes.
+        nbytes: size.
+        tenant: who may read it.
+        generation: serial number of the allocation.
+    """
+
+    id: int
+    nbytes: int
+    tenant: str
+    generation: int
+
+
+@dataclass(frozen=True)
+class SlabGeometry:
+    """How a pool of a given size is cut.
+
+    Attributes:
+        slab_nbytes: bytes of a slab, a multiple of `GRANULE`.
+        num_slabs: slabs in the pool.
+    """
+
+    slab_nbytes: int
+    num_slabs: int
+
+    @classmethod
+    def choose(cls, sizes: Iterable[int], pool_nbytes: int) -> "SlabGeometry":
+        """The slab size that wastes least: rounding inside slabs, half a slab per size, and the pool's remainder.
+
+        Raises:
+            ConfigError: the pool cannot hold one slab for each size.
+        """
+        sizes = sorted(set(sizes))
+        candidates = {align(size * count, GRANULE) for size in sizes for count in range(1, 65)}
+        usable = [c for c in candidates if c >= sizes[-1] and c * len(sizes) <= pool_nbytes]
+        if not usable:
+            raise ConfigError(
+                f"memory: expected a pool of at least {sizes[-1] * len(sizes)} bytes (a slab for each of the object "
+                f"sizes {sizes}), got {max(pool_nbytes, 0)} after staging and workspace; give the manager more"
+            )
+
+        def waste(slab: int) -> float:
+            rounding = max(1 - (slab // size) * size / slab for size in sizes)
+            return rounding + len(sizes) * slab / (2 * pool_nbytes) + (pool_nbytes % slab) / pool_nbytes
+
+        slab = min(usable, key=lambda nbytes: (waste(nbytes), nbytes))
+        return cls(slab, pool_nbytes // slab)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pool."""
+        return self.slab_nbytes * self.num_slabs
+
+    def slabs_for(self, counts: Mapping[int, int]) -> int:
+        """Slabs that `counts` objects (by size) need at most, whatever the order of frees."""
+        return sum(-(-count // (self.slab_nbytes // size)) for size, count in counts.items() if count)
+
+
+class _SizeClass:
+    """Slabs cut for one object size."""
+
+    def __init__(self, nbytes: int, slots: int) -> None:
+        self.nbytes = nbytes
+        self.slots = slots
+        self.free: dict[int, list[int]] = {}
+        self.with_room: list[int] = []
+        self.free_slots = 0
+
+
+class SlabPool:
+    """Allocator over one preallocated uint8 tensor; sizes are declared at creation.
+
+    Attributes:
+        buffer: the pool's bytes, ``[num_slabs * slab_nbytes]`` uint8.
+        used_nbytes: bytes of live and of returned but not yet reusable objects.
+        peak_nbytes: the most `used_nbytes` has been.
+    """
+
+    def __init__(
+        self, geometry: SlabGeometry, sizes: Iterable[int], device: torch.device, fill: FreeFill = FreeFill.ZERO
+    ) -> None:
+        self.geometry = geometry
+        self.slab_nbytes = geometry.slab_nbytes
+        self.num_slabs = geometry.num_slabs
+        self.buffer = torch.empty(geometry.nbytes, dtype=torch.uint8, device=device)
+        self._fill = 0xFF if fill is FreeFill.POISON else 0
+        self.buffer.fill_(self._fill)
+        self._free_slabs = list(range(self.num_slabs))
+        self._classes = {size: _SizeClass(size, self.slab_nbytes // size) for size in sorted(set(sizes))}
+        self._live: dict[int, Slot] = {}
+        self._pending: list[tuple[Fence, Slot]] = []
+        self._serial = 0
+        self.used_nbytes = 0
+        self.peak_nbytes = 0
+
+    def _missing_slabs(self, counts: Mapping[int, int]) -> int:
+        needed = 0
+        for size, count in counts.items():
+            kind = self._classes[size]
+            needed += -(-max(0, count - kind.free_slots) // kind.slots)
+        return needed - len(self._free_slabs)
+
+    @property
+    def free_nbytes(self) -> int:
+        """Bytes in slabs that no size holds."""
+        return len(self._free_slabs) * self.slab_nbytes
+
+    def require(self, counts: Mapping[int, int]) -> None:
+        """Make room for `counts` objects by size, taking back returned memory if that is what it takes.
+
+        Raises:
+            OutOfMemoryError: they do not fit; nothing changed.
+        """
+        counts = {size: count for size, count in counts.items() if count}
+        self.reclaim(wait=False)
+        if self._missing_slabs(counts) > 0:
+            self.reclaim(wait=True)
+        missing = self._missing_slabs(counts)
+        if missing > 0:
+            requested = sum(size * count for size, count in counts.items())
+            raise OutOfMemoryError(
+                f"pool exhausted: {requested} bytes requested, {missing} slabs of {self.slab_nbytes} bytes short of "
+                f"{self.num_slabs}; close a stream, shorten windows or wait",
+                requested,
+                self.free_nbytes,
+            )
+
+    def allocate(self, nbytes: int, count: int, tenant: str) -> list[Slot]:
+        """`count` slots of `nbytes`, all or none.
+
+        Raises:
+            OutOfMemoryError: they do not fit; nothing changed.
+        """
+        fault_point("pool.allocate")
+        self.require({nbytes: count})
+        return [self._take(self._classes[nbytes], tenant) for _ in range(count)]
+
+    def _take(self, kind: _SizeClass, tenant: str) -> Slot:
+        if not kind.with_room:
+            slab = heapq.heappop(self._free_slabs)
+            kind.free[slab] = list(range(kind.slots - 1, -1, -1))
+            kind.with_room.append(slab)
+            kind.free_slots += kind.slots
+        slab = kind.with_room[0]
+        index = kind.free[slab].pop()
+        if not kind.free[slab]:
+            kind.with_room.pop(0)
+        kind.free_slots -= 1
+        self._serial += 1
+        offset = slab * self.slab_nbytes + index * kind.nbytes
+        slot = Slot(offset // GRANULE, kind.nbytes, tenant, self._serial)
+        self._live[slot.id] = slot
+        self.used_nbytes += kind.nbytes
+        self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)
+        return slot
+
+    def live(self) -> dict[int, Slot]:
+        """Slots in use, by id."""
+        return dict(self._live)
+
+    def check(self, slot: Slot) -> None:
+        """Raise `StaleHandleError` unless `slot` is live."""
+        if self._live.get(slot.id) is not slot:
+            raise StaleHandleError(f"slot: id {slot.id}, generation {slot.generation} was returned to the pool")
+
+    def free(self, slot: Slot, fence: Fence) -> None:
+        """Return `slot`; it is overwritten and reused once `fence` has passed.
+
+        Raises:
+            StaleHandleError: it was returned before.
+        """
+        self.check(slot)
+        del self._live[slot.id]
+        self._pending.append((fence, slot))
+
+    def reclaim(self, *, wait: bool) -> None:
+        """Take back returned slots whose fence has passed; with `wait`, order later work behind the others."""
+        waiting = []
+        for fence, slot in self._pending:
+            if fence.passed():
+                self._put_back(slot)
+            elif wait:
+                fence.order_after()
+                self._put_back(slot)
+            else:
+                waiting.append((fence, slot))
+        self._pending = waiting
+
+    def _put_back(self, slot: Slot) -> None:
+        self.bytes_of(slot).fill_(self._fill)
+        kind = self._classes[slot.nbytes]
+        slab, inside = divmod(slot.id * GRANULE, self.slab_nbytes)
+        room = kind.free[slab]
+        if not room:
+            bisect.insort(kind.with_room, slab)
+        room.append(inside // kind.nbytes)
+        kind.free_slots += 1
+        self.used_nbytes -= slot.nbytes
+        if len(room) == kind.slots:
+            del kind.free[slab]
+            kind.with_room.remove(slab)
+            kind.free_slots -= kind.slots
+            heapq.heappush(self._free_slabs, slab)
+
+    def bytes_of(self, slot: Slot) -> torch.Tensor:
+        """The slot's bytes, ``[nbytes]`` uint8, writable."""
+        start = slot.id * GRANULE
+        return self.buffer[start : start + slot.nbytes]
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` unless every byte is accounted for exactly once."""
+        owner: dict[int, int] = {slab: 0 for slab in self._free_slabs}
+        if len(owner) != len(self._free_slabs):
+            raise IntegrityError("pool: a slab is twice in the free list")
+        objects = list(self._live.values()) + [slot for _, slot in self._pending]
+        for kind in self._classes.values():
+            if kind.with_room != sorted(slab for slab, room in kind.free.items() if room):
+                raise IntegrityError(f"pool: slabs with room of size {kind.nbytes} are listed wrongly")
+            if kind.free_slots != sum(len(room) for room in kind.free.values()):
+                raise IntegrityError(f"pool: free slot count of size {kind.nbytes} is {kind.free_slots}")
+            for slab, room in kind.free.items():
+                if slab in owner:
+                    raise IntegrityError(f"pool: slab {slab} has two owners")
+                owner[slab] = kind.nbytes
+                taken = {s.id * GRANULE % self.slab_nbytes // kind.nbytes for s in objects if self._slab(s) == slab}
+                if taken & set(room) or len(taken) + len(room) != kind.slots or len(set(room)) != len(room):
+                    raise IntegrityError(f"pool: slots of slab {slab} do not add up")
+        if sorted(owner) != list(range(self.num_slabs)):
+            raise IntegrityError(f"pool: {self.num_slabs - len(owner)} slabs are lost")
+        if self.used_nbytes != sum(slot.nbytes for slot in objects):
+            raise IntegrityError(f"pool: used_nbytes is {self.used_nbytes}, objects hold otherwise")
+
+    def _slab(self, slot: Slot) -> int:
+        return slot.id * GRANULE // self.slab_nbytes

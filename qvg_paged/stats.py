@@ -1,0 +1,87 @@
+"""Where the bytes are: a snapshot of a manager's books."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qvg_paged.budget import Budget
+from qvg_paged.page import Codebook, Page
+from qvg_paged.pool import SlabPool
+
+__all__ = ["CacheStats", "StreamStats", "stream_stats"]
+
+
+@dataclass(frozen=True)
+class StreamStats:
+    """Bytes and frames of one stream; shared pages count in every stream that holds them.
+
+    Attributes:
+        tenant: owner.
+        committed: frames committed so far.
+        stored_frames: frames still stored.
+        quantised_frames: of these, quantised ones.
+        page_nbytes: pages.
+        codebook_nbytes: codebooks.
+        dense_nbytes: what the stored frames would take unquantised.
+    """
+
+    tenant: str
+    committed: int
+    stored_frames: int
+    quantised_frames: int
+    page_nbytes: int
+    codebook_nbytes: int
+    dense_nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Pages and codebooks."""
+        return self.page_nbytes + self.codebook_nbytes
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Bytes of a manager.
+
+    Attributes:
+        budget: how the memory is split.
+        used_nbytes: pages and codebooks in the pool now, open chunks included.
+        peak_nbytes: the most that has been.
+        free_nbytes: slabs that no object size holds.
+        tenant_nbytes: `used_nbytes` by tenant, memory on its way back excluded.
+        streams: per stream.
+    """
+
+    budget: Budget
+    used_nbytes: int
+    peak_nbytes: int
+    free_nbytes: int
+    tenant_nbytes: dict[str, int]
+    streams: dict[str, StreamStats]
+
+    @property
+    def peak_total_nbytes(self) -> int:
+        """Peak of pages and codebooks plus everything the manager holds besides."""
+        return self.peak_nbytes + self.budget.total - self.budget.pool
+
+
+def stream_stats(tenant: str, committed: int, pages: Iterable[Page], dense_page_nbytes: int) -> StreamStats:
+    """Books of one stream."""
+    stored = list(pages)
+    books: set[Codebook] = {page.codebook for page in stored if page.codebook}
+    return StreamStats(
+        tenant=tenant,
+        committed=committed,
+        stored_frames=len(stored),
+        quantised_frames=sum(1 for page in stored if page.format),
+        page_nbytes=sum(page.slot.nbytes for page in stored),
+        codebook_nbytes=sum(book.slot.nbytes for book in books),
+        dense_nbytes=len(stored) * dense_page_nbytes,
+    )
+
+
+def tenant_nbytes(pool: SlabPool) -> dict[str, int]:
+    """Live bytes by tenant."""
+    totals: dict[str, int] = {}
+    for slot in pool.live().values():
+        totals[slot.tenant] = totals.get(slot.tenant, 0) + slot.nbytes
+    return totals

@@ -1,0 +1,130 @@
+"""One video being generated: its committed frames, its window, its open chunk."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from qvg_paged.chunk import Chunk
+from qvg_paged.config import Window
+from qvg_paged.errors import ArgumentError, StateError
+from qvg_paged.page import Page
+from qvg_paged.timeline import Timeline
+
+if TYPE_CHECKING:
+    from qvg_paged.manager import KVCacheManager
+
+__all__ = ["Stream"]
+
+
+class Stream:
+    """A stream of a manager; made by `KVCacheManager.open` and `Stream.fork`.
+
+    Attributes:
+        id: name, unique among the manager's open streams.
+        tenant: owner; pages are shared only inside a tenant.
+        window: what it keeps.
+        timeline: the window's rules as arithmetic.
+        committed: frames committed so far, evicted ones included.
+        pages: page of each frame that is still stored, ascending.
+        chunk: the open chunk, or None.
+        closed: whether `close` was called.
+    """
+
+    def __init__(self, manager: "KVCacheManager", stream_id: str, tenant: str, timeline: Timeline) -> None:
+        self.manager = manager
+        self.id = stream_id
+        self.tenant = tenant
+        self.timeline = timeline
+        self.committed = 0
+        self.pages: dict[int, Page] = {}
+        self.chunk: Chunk | None = None
+        self.closed = False
+
+    @property
+    def window(self) -> Window:
+        """What the stream keeps."""
+        return self.timeline.window
+
+    def require_open(self) -> None:
+        """Raise `StateError` if the stream is closed."""
+        if self.closed:
+            raise StateError(f"stream: expected an open stream, {self.id!r} is closed; open another")
+
+    def begin_chunk(
+        self,
+        frames: int | None = None,
+        *,
+        retrieve: Sequence[int] = (),
+        positions: Mapping[int, float] | None = None,
+    ) -> Chunk:
+        """Reserve everything a chunk may need until its commit, and open it.
+
+        Args:
+            frames: how many, at most the model's ``frames_per_chunk``; None for as many.
+            retrieve: frames kept past the window that this chunk shall see as well.
+            positions: frame positions for rotary embedding that differ from the frames' own indices.
+
+        Raises:
+            OutOfMemoryError: the pool cannot hold it; nothing changed.
+            StateError: the stream is closed or has an open chunk.
+            ArgumentError: a frame is not stored, or `frames` is out of range.
+        """
+        return self.manager.begin_chunks([self], frames, retrieve=retrieve, positions=positions)[0]
+
+    def visible(self, retrieve: Sequence[int] = ()) -> tuple[int, ...]:
+        """Frames the next chunk attends to, ascending.
+
+        Raises:
+            ArgumentError: a frame of `retrieve` is not stored.
+        """
+        missing = sorted(set(retrieve) - set(self.pages))
+        if missing:
+            raise ArgumentError(
+                f"retrieve: expected frames that are still stored ({_ranges(list(self.pages))}), got {missing}; "
+                "keep more with Window(retrieval_frames=...)"
+            )
+        return tuple(sorted({*self.timeline.visible(self.committed), *retrieve}))
+
+    def read(
+        self, layer: int, frames: Sequence[int] | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decoded K and V of stored frames, as attention sees them before rotation.
+
+        Args:
+            layer: 0 to ``num_layers - 1``.
+            frames: stored frames; None for all of them.
+            dtype: of the result; None for the model's.
+
+        Returns:
+            K and V, each ``[frames * tokens_per_frame, num_kv_heads, head_dim]``.
+        """
+        return self.manager.read(self, layer, frames, dtype)
+
+    def digests(self) -> dict[int, int]:
+        """A 64-bit digest of each stored frame's page and codebook bytes."""
+        return self.manager.digests(self)
+
+    def fork(self, stream_id: str) -> "Stream":
+        """A stream with the same history, sharing every page; an open chunk stays with this stream.
+
+        Raises:
+            StateError: this stream is closed.
+            ArgumentError: the id is in use.
+        """
+        return self.manager.fork(self, stream_id)
+
+    def close(self) -> None:
+        """Abort an open chunk and return everything. Does nothing on a closed stream."""
+        self.manager.close_stream(self)
+
+
+def _ranges(frames: list[int]) -> str:
+    """Sorted frame numbers as ``0-3, 8-11``."""
+    runs: list[list[int]] = []
+    for frame in sorted(frames):
+        if runs and runs[-1][-1] == frame - 1:
+            runs[-1].append(frame)
+        else:
+            runs.append([frame])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "none"

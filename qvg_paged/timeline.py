@@ -1,0 +1,108 @@
+"""Which frames are visible, kept, dense or quantised after a number of committed frames: arithmetic, no tensors.
+
+Everything here is a pure function of the count of committed frames, so the store, `estimate` and a scheduler's
+admission all follow the same rules.
+"""
+
+from dataclasses import dataclass
+
+from qvg_paged.config import Window
+from qvg_paged.errors import ConfigError
+
+__all__ = ["Demand", "Timeline"]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Pool objects of a stream at its worst: unquantised pages, quantised pages, codebooks."""
+
+    dense_pages: int = 0
+    quantised_pages: int = 0
+    codebooks: int = 0
+
+    def __add__(self, other: "Demand") -> "Demand":
+        return Demand(
+            self.dense_pages + other.dense_pages,
+            self.quantised_pages + other.quantised_pages,
+            self.codebooks + other.codebooks,
+        )
+
+    def __mul__(self, count: int) -> "Demand":
+        return Demand(self.dense_pages * count, self.quantised_pages * count, self.codebooks * count)
+
+    def most(self, other: "Demand") -> "Demand":
+        """The larger of each."""
+        return Demand(
+            max(self.dense_pages, other.dense_pages),
+            max(self.quantised_pages, other.quantised_pages),
+            max(self.codebooks, other.codebooks),
+        )
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Rules of one stream: its window, and its span length (None if nothing is quantised)."""
+
+    window: Window
+    span_frames: int | None
+
+    def __post_init__(self) -> None:
+        window, span = self.window, self.span_frames
+        longest = window.recent_frames + window.retrieval_frames - window.bf16_recent + 1
+        if span is not None and span > longest:
+            raise ConfigError(
+                f"span_frames: expected <= recent_frames + retrieval_frames - bf16_recent + 1 = {longest}, got {span}; "
+                "frames would leave the window before their span is full (shorten the span or use format='dense')"
+            )
+
+    @property
+    def first_span(self) -> int:
+        """First frame of the first span."""
+        return self.window.sink_frames if self.window.bf16_sink else 0
+
+    def closed_spans(self, committed: int) -> int:
+        """Spans that are full and old enough to be quantised."""
+        if self.span_frames is None:
+            return 0
+        return max(0, (committed - self.window.bf16_recent - self.first_span) // self.span_frames)
+
+    def span(self, index: int) -> range:
+        """Frames of a span."""
+        assert self.span_frames is not None
+        start = self.first_span + index * self.span_frames
+        return range(start, start + self.span_frames)
+
+    def visible(self, committed: int) -> list[int]:
+        """Frames the next chunk attends to without asking, ascending."""
+        return self._sink_and_newest(committed, self.window.recent_frames)
+
+    def kept(self, committed: int) -> list[int]:
+        """Frames still stored, ascending."""
+        return self._sink_and_newest(committed, self.window.recent_frames + self.window.retrieval_frames)
+
+    def _sink_and_newest(self, committed: int, newest: int) -> list[int]:
+        sink = min(self.window.sink_frames, committed)
+        return [*range(sink), *range(max(sink, committed - newest), committed)]
+
+    def demand(self, committed: int, chunk_frames: int) -> Demand:
+        """Pool objects in use while a chunk of `chunk_frames` is open after `committed` frames, reservation included."""
+        kept = self.kept(committed)
+        closed = self.closed_spans(committed)
+        closing = self.closed_spans(committed + chunk_frames) - closed
+        if self.span_frames is None:
+            return Demand(len(kept) + chunk_frames)
+        spans = {(f - self.first_span) // self.span_frames for f in kept if f >= self.first_span}
+        live = {index for index in spans if index < closed}
+        quantised = sum(1 for f in kept if f >= self.first_span and (f - self.first_span) // self.span_frames < closed)
+        return Demand(len(kept) - quantised + chunk_frames, quantised + closing * self.span_frames, len(live) + closing)
+
+    def worst_demand(self, chunk_frames: int, total_frames: int | None = None) -> Demand:
+        """Most of each kind of pool object a stream of `total_frames` (None: endless) ever holds."""
+        window, span = self.window, self.span_frames or 1
+        steady = self.first_span + window.sink_frames + window.recent_frames + window.retrieval_frames + 3 * span
+        last = steady + chunk_frames if total_frames is None else min(total_frames, steady + chunk_frames)
+        worst = Demand()
+        for committed in range(max(last, 1)):
+            frames = chunk_frames if total_frames is None else min(chunk_frames, total_frames - committed)
+            worst = worst.most(self.demand(committed, max(frames, 1)))
+        return worst
