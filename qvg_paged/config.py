@@ -1,4 +1,4 @@
-"""What a model's cache looks like, what a manager may use, and what a stream keeps. Frozen values, checked on creation."""
+"""What a model's cache looks like, what a manager may use, what a stream keeps: frozen values, checked on creation."""
 
 import re
 from collections.abc import Callable

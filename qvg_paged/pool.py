@@ -238,7 +238,7 @@ class SlabPool:
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless every byte is accounted for exactly once."""
-        owner: dict[int, int] = {slab: 0 for slab in self._free_slabs}
+        owner: dict[int, int] = dict.fromkeys(self._free_slabs, 0)
         if len(owner) != len(self._free_slabs):
             raise IntegrityError("pool: a slab is twice in the free list")
         objects = list(self._live.values()) + [slot for _, slot in self._pending]

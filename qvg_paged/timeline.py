@@ -85,7 +85,7 @@ class Timeline:
         return [*range(sink), *range(max(sink, committed - newest), committed)]
 
     def demand(self, committed: int, chunk_frames: int) -> Demand:
-        """Pool objects in use while a chunk of `chunk_frames` is open after `committed` frames, reservation included."""
+        """Pool objects in use while a chunk is open after `committed` frames, reservation included."""
         kept = self.kept(committed)
         closed = self.closed_spans(committed)
         closing = self.closed_spans(committed + chunk_frames) - closed
