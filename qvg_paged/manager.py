@@ -70,6 +70,23 @@ class KVCacheManager:
         """Where the pool lives."""
         return self._pool.buffer.device
 
+    def demand(self, window: Window, frames: int | None = None) -> Demand:
+        """Most of each kind of pool object that a stream of `frames` frames (None: endless) ever holds.
+
+        Raises:
+            ConfigError: the window cannot hold a span.
+        """
+        return stream_timeline(self.config, window).worst_demand(self.model.frames_per_chunk, frames)
+
+    def demand_nbytes(self, demand: Demand) -> int:
+        """Pool bytes of `demand`."""
+        return sum(size * count for size, count in object_counts(self.layouts, demand).items())
+
+    def can_host(self, demands: Sequence[Demand]) -> bool:
+        """Whether streams with these worst cases can live together to their ends, whatever the order of events."""
+        counts = object_counts(self.layouts, sum(demands, Demand()))
+        return self.budget.slabs.slabs_for(counts) <= self.budget.slabs.num_slabs
+
     def open(self, stream_id: str, *, tenant: str = "default", window: Window) -> Stream:
         """Open a stream; takes no memory before its first chunk.
 
