@@ -70,7 +70,7 @@ class ScaleRule(Enum):
     LEAST_SQUARES = "least-squares"
     """Absmax codes first, then the scale that minimises their squared error, then codes for that scale."""
     SEARCH = "search"
-    """The best squared error among fixed fractions of the absmax scale."""
+    """The best squared error among the absmax scale and the FP8 scales below it, down to 0.4 times as large."""
 
 
 class CentroidType(Enum):
@@ -113,7 +113,9 @@ class Codec:
         if not 0 <= self.stages <= 8:
             raise ArgumentError(f"stages: expected 0 to 8, got {self.stages}")
         if self.num_centroids is not None and not 1 <= self.num_centroids <= MAX_CENTROIDS:
-            raise ArgumentError(f"num_centroids: expected 1 to {MAX_CENTROIDS} (ids are one byte), got {self.num_centroids}")
+            raise ArgumentError(
+                f"num_centroids: expected 1 to {MAX_CENTROIDS} (ids are one byte), got {self.num_centroids}"
+            )
         if self.iterations < 0:
             raise ArgumentError(f"iterations: expected >= 0, got {self.iterations}")
 

@@ -15,18 +15,29 @@ A codebook serves all pages of a span: [layer][K part | V part], a part being
     centroid_scales [stages, heads] float32 (FP8 centroids only)
     balance   [heads, head_dim] bfloat16 (balanced codecs only)
 
-Bytes between planes and after the last token are zero.
+Channels of `codes`, `centroids` and `balance` come in stored order (`PartLayout.channel_order`); the blocks of `scales`
+count natural channels. Bytes between planes and after the last token are zero.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-
 from qvg_paged.kernels.errors import ArgumentError
-from qvg_paged.kernels.formats import CentroidType, Codec, PageFormat
+from qvg_paged.kernels.formats import MAX_CENTROIDS, CentroidType, Codec, PageFormat
+from qvg_paged.kernels.rope import RoPELayout
 
-__all__ = ["GRANULE", "LAYOUT_VERSION", "TILE_TOKENS", "PageLayout", "PartLayout", "Plane", "align", "code_position", "code_rows"]
+__all__ = [
+    "GRANULE",
+    "LAYOUT_VERSION",
+    "TILE_TOKENS",
+    "PageLayout",
+    "PartLayout",
+    "Plane",
+    "align",
+    "code_position",
+    "code_rows",
+]
 
 LAYOUT_VERSION = 1
 GRANULE = 256
@@ -111,6 +122,7 @@ class PartLayout:
         num_centroids: centroids per stage and head; 0 without stages.
         split_pairs: channels are stored as all even ones, then all odd ones, so that a reader rotates interleaved
             RoPE pairs with two elementwise products of half tiles. Blocks of a scale count channels before this.
+        pairing: which channels share a balancing factor (keys: their RoPE pair); None gives each its own.
     """
 
     codec: Codec
@@ -120,8 +132,16 @@ class PartLayout:
     dtype: torch.dtype
     num_centroids: int
     split_pairs: bool = False
+    pairing: RoPELayout | None = None
 
     def __post_init__(self) -> None:
+        if min(self.tokens, self.heads) < 1 or self.head_dim < 2 or self.head_dim % 2:
+            raise ArgumentError(
+                "tokens, heads, head_dim: expected positive sizes and an even head_dim, "
+                f"got {self.tokens}, {self.heads}, {self.head_dim}"
+            )
+        if not self.codec.is_dense and self.codec.stages and not 1 <= self.num_centroids <= MAX_CENTROIDS:
+            raise ArgumentError(f"num_centroids: expected 1 to {MAX_CENTROIDS}, got {self.num_centroids}")
         if not self.codec.is_dense and self.head_dim % self.codec.block_size:
             raise ArgumentError(
                 f"block_size: expected a divisor of head_dim={self.head_dim}, got {self.codec.block_size}"
@@ -181,7 +201,9 @@ class PartLayout:
         for plane in self.planes + self.codebook_planes:
             if plane.name == name:
                 return plane
-        raise ArgumentError(f"plane: expected one of {[p.name for p in self.planes + self.codebook_planes]}, got {name!r}")
+        raise ArgumentError(
+            f"plane: expected one of {[p.name for p in self.planes + self.codebook_planes]}, got {name!r}"
+        )
 
     @cached_property
     def channel_order(self) -> torch.Tensor:
@@ -219,17 +241,34 @@ class PageLayout:
         head_dim: int,
         dtype: torch.dtype,
         span_tokens: int,
-        split_pairs: bool,
+        split_pairs: bool = False,
+        key_pairing: RoPELayout = RoPELayout.INTERLEAVED,
     ) -> "PageLayout":
-        """Layout of `fmt` for frames of `tokens` tokens and spans of `span_tokens`."""
+        """Layout of `fmt` for frames of `tokens` tokens and spans of `span_tokens`.
 
-        def part(codec: Codec, split: bool) -> PartLayout:
+        Args:
+            fmt: codecs of K and V.
+            num_layers: layers of the model.
+            tokens: tokens per frame.
+            heads: KV heads.
+            head_dim: channels per head.
+            dtype: the model's dtype.
+            span_tokens: tokens that share a codebook.
+            split_pairs: keys are rotated when read: store their even channels before their odd ones. Half-split
+                pairs are apart already and stay in natural order.
+            key_pairing: RoPE pairs of the keys.
+        """
+
+        def part(codec: Codec, split: bool, pairing: RoPELayout | None) -> PartLayout:
             return PartLayout(
                 codec=codec, tokens=tokens, heads=heads, head_dim=head_dim, dtype=dtype,
                 num_centroids=codec.centroids_for(span_tokens), split_pairs=split and not codec.is_dense,
+                pairing=pairing,
             )  # fmt: skip
 
-        return cls(format=fmt, num_layers=num_layers, key=part(fmt.key, split_pairs), value=part(fmt.value, False))
+        split = split_pairs and key_pairing is RoPELayout.INTERLEAVED
+        key, value = part(fmt.key, split, key_pairing), part(fmt.value, False, None)
+        return cls(format=fmt, num_layers=num_layers, key=key, value=value)
 
     @property
     def layer_nbytes(self) -> int:
