@@ -86,30 +86,42 @@ class Budget:
         """
         memory = cast(int, config.memory)
         layouts = page_layouts(model, config)
-        sizes = [size for size in object_counts(layouts, Demand(1, 1, 1)) if size]
-        overhead = max(MIN_OVERHEAD, memory // OVERHEAD_SHARE)
         least = attention_workspace_nbytes(
             layouts, model.query_heads, model.frames_per_chunk * model.tokens_per_frame, torch.float32
         )
-        chosen = cast("int | None", config.staging)
-        staging = align(chosen or max(least, min(memory // STAGING_SHARE, MAX_DEFAULT_STAGING)), GRANULE)
-        if staging < least:
+        staging = cast("int | None", config.staging)
+        if staging is not None and staging < least:
             raise ConfigError(f"staging: expected at least {least} bytes (one page of K and V, decoded), got {staging}")
         encode = _encode_nbytes(model, config, layouts)
-        demand = Demand(model.frames_per_chunk + config.span_frames, config.span_frames, 1)
-        counts = object_counts(layouts, demand if len(layouts) > 1 else Demand(model.frames_per_chunk + 1))
-        try:
-            slabs = SlabGeometry.choose(sizes, memory - staging - encode - overhead)
-            fits = slabs.slabs_for(counts) <= slabs.num_slabs
-        except ConfigError:
-            fits = False
-        if not fits:
-            needed = staging + encode + overhead + sum(size * n for size, n in counts.items()) + 2 * max(sizes)
+
+        def attempt(total: int) -> "Budget | None":
+            scratch = align(staging or max(least, min(total // STAGING_SHARE, MAX_DEFAULT_STAGING)), GRANULE)
+            overhead = max(MIN_OVERHEAD, total // OVERHEAD_SHARE)
+            slabs = _slabs(model, config, layouts, total - scratch - encode - overhead)
+            return cls(slabs.nbytes, scratch, encode, overhead, slabs) if slabs else None
+
+        budget, needed = attempt(memory), memory
+        if budget is None:
+            while attempt(needed) is None:
+                needed += needed // 64 + GRANULE
             raise ConfigError(
-                f"memory: expected at least about {needed} bytes for one chunk, its span, staging and workspace, "
+                f"memory: expected at least {needed} bytes for one chunk, its span, staging and workspace, "
                 f"got {memory}; raise it or shorten span_frames"
             )
-        return cls(slabs.nbytes, staging, encode, overhead, slabs)
+        return budget
+
+
+def _slabs(model: ModelSpec, config: CacheConfig, layouts: tuple[PageLayout, ...], nbytes: int) -> SlabGeometry | None:
+    """How a pool of `nbytes` is cut, or None if it cannot hold one chunk and the spans it may close."""
+    chunk, span = model.frames_per_chunk, config.span_frames
+    closing = -(-chunk // span)
+    demand = Demand(chunk + span, closing * span, closing) if len(layouts) > 1 else Demand(chunk + 1)
+    sizes = [size for size in object_counts(layouts, Demand(1, 1, 1)) if size]
+    try:
+        slabs = SlabGeometry.choose(sizes, nbytes)
+    except ConfigError:
+        return None
+    return slabs if slabs.slabs_for(object_counts(layouts, demand)) <= slabs.num_slabs else None
 
 
 def _encode_nbytes(model: ModelSpec, config: CacheConfig, layouts: tuple[PageLayout, ...]) -> int:

@@ -26,8 +26,8 @@ def _check(name: str, x: torch.Tensor, shape: tuple[int, ...], dtypes: Sequence[
         raise ArgumentError(f"{name}: expected {wanted}, got {x.dtype}; convert with .to()")
     if x.device != on:
         raise ArgumentError(f"{name}: expected a tensor on {on}, got {x.device}")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ArgumentError(f"{name}: expected no gradient (inference only); use torch.no_grad()")
+    if x.requires_grad:
+        raise ArgumentError(f"{name}: expected no gradient (inference only); use torch.no_grad() or .detach()")
 
 
 def check_kv(k: torch.Tensor, v: torch.Tensor, tokens: int, model: ModelSpec, device: torch.device) -> None:

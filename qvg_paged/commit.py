@@ -12,6 +12,7 @@ from qvg_paged.page import DENSE_FORMAT, Page
 
 if TYPE_CHECKING:
     from qvg_paged.manager import KVCacheManager
+    from qvg_paged.stream import Stream
 
 __all__ = ["commit_chunk"]
 
@@ -39,13 +40,16 @@ def commit_chunk(manager: "KVCacheManager", chunk: Chunk) -> None:
     manager.finish(chunk, ChunkState.COMMITTED)
     stream.pages = dense
     stream.committed = chunk.frames.stop
-    manager.emit(EventKind.COMMIT, stream, tuple(chunk.frames), chunk.reservation.scratch)
+    events = [manager.event(EventKind.COMMIT, stream, chunk.frames, chunk.reservation.scratch)]
     leaving: list[Page] = []
     for span, quantised in zip(closing, chunk.reservation.spans, strict=True):
         leaving += [dense[frame] for frame in span]
         stream.pages.update(zip(span, quantised, strict=True))
-        manager.emit(EventKind.PUBLISH, stream, tuple(span), quantised)
-    manager.release(stream.tenant, leaving + _evict(manager, chunk))
+        events.append(manager.event(EventKind.PUBLISH, stream, span, quantised))
+    gone = _evict(stream)
+    if gone:
+        events.append(manager.event(EventKind.EVICT, stream, gone, list(gone.values())))
+    manager.send([*events, *manager.release(stream.tenant, leaving + list(gone.values()))])
 
 
 def _require_finite(manager: "KVCacheManager", chunk: Chunk) -> None:
@@ -63,12 +67,7 @@ def _require_finite(manager: "KVCacheManager", chunk: Chunk) -> None:
         )
 
 
-def _evict(manager: "KVCacheManager", chunk: Chunk) -> list[Page]:
+def _evict(stream: "Stream") -> dict[int, Page]:
     """Take frames that left the window out of the stream; their pages, still to be released."""
-    stream = chunk.stream
     kept = set(stream.timeline.kept(stream.committed))
-    gone = tuple(frame for frame in stream.pages if frame not in kept)
-    pages = [stream.pages.pop(frame) for frame in gone]
-    if gone:
-        manager.emit(EventKind.EVICT, stream, gone, pages)
-    return pages
+    return {frame: stream.pages.pop(frame) for frame in list(stream.pages) if frame not in kept}

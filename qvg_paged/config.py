@@ -27,10 +27,12 @@ def parse_bytes(size: int | str) -> int:
         ConfigError: not a positive size.
     """
     if isinstance(size, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]?I?)B?\s*", size.upper())
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMG]I?|)B?\s*", size.upper())
         if not match:
             raise ConfigError(f'memory: expected bytes or a size such as "24GiB", got {size!r}')
         size = int(float(match[1]) * _UNITS[match[2]])
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise ConfigError(f'memory: expected whole bytes or a size such as "24GiB", got {size!r}')
     if size <= 0:
         raise ConfigError(f"memory: expected a positive size, got {size}")
     return size
@@ -39,6 +41,11 @@ def parse_bytes(size: int | str) -> int:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _require_count(name: str, value: object, least: int) -> None:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    _require(is_count, f"{name}: expected an integer >= {least}, got {value!r}")
 
 
 class KeyRotation(Enum):
@@ -80,11 +87,12 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "tokens_per_frame", "frames_per_chunk"):
-            _require(getattr(self, name) >= 1, f"{name}: expected >= 1, got {getattr(self, name)}")
+            _require_count(name, getattr(self, name), 1)
         _require(self.head_dim in HEAD_DIMS, f"head_dim: expected one of {HEAD_DIMS}, got {self.head_dim}")
         _require(self.dtype in DTYPES, f"dtype: expected one of {DTYPES}, got {self.dtype}")
         if self.num_q_heads is None:
             object.__setattr__(self, "num_q_heads", self.num_kv_heads)
+        _require_count("num_q_heads", self.num_q_heads, 1)
         _require(
             self.query_heads % self.num_kv_heads == 0,
             f"num_q_heads: expected a multiple of num_kv_heads={self.num_kv_heads}, got {self.num_q_heads}",
@@ -150,7 +158,8 @@ class CacheConfig:
         staging: bytes of scratch for decoded history; None for 1/16 of `memory`, at most 256 MiB.
         path: how attention reads pages.
         free_fill: what returned memory is overwritten with.
-        on_event: called with every `CacheEvent`.
+        on_event: called with every `CacheEvent`, after the books have changed and under the manager's lock; what it
+            raises reaches the caller of the store, whose call took effect all the same.
     """
 
     memory: int | str
@@ -165,14 +174,17 @@ class CacheConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory", parse_bytes(self.memory))
         object.__setattr__(self, "format", get_format(self.format))
-        object.__setattr__(self, "device", torch.device(self.device))
+        try:
+            object.__setattr__(self, "device", torch.device(self.device))
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(f"device: expected a device such as 'cpu' or 'cuda:0', got {self.device!r}") from error
         if self.staging is not None:
             object.__setattr__(self, "staging", parse_bytes(self.staging))
         if isinstance(self.path, str):
             known = [path.value for path in AttentionPath]
             _require(self.path in known, f"path: expected one of {known}, got {self.path!r}")
             object.__setattr__(self, "path", AttentionPath(self.path))
-        _require(self.span_frames >= 1, f"span_frames: expected >= 1, got {self.span_frames}")
+        _require_count("span_frames", self.span_frames, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,5 +207,5 @@ class Window:
 
     def __post_init__(self) -> None:
         for name in ("sink_frames", "bf16_recent", "retrieval_frames"):
-            _require(getattr(self, name) >= 0, f"{name}: expected >= 0, got {getattr(self, name)}")
-        _require(self.recent_frames >= 1, f"recent_frames: expected >= 1, got {self.recent_frames}")
+            _require_count(name, getattr(self, name), 0)
+        _require_count("recent_frames", self.recent_frames, 1)

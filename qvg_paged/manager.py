@@ -5,19 +5,20 @@ calls of a manager go to one CUDA stream at a time, the caller's current one; wh
 is reused only behind everything launched before it was returned. One manager per device or rank.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from threading import RLock
 from typing import cast
 
 import torch
 
-from qvg_paged.budget import Budget, Demand, object_counts, page_layouts, stream_timeline
+from qvg_paged.budget import Budget, object_counts, page_layouts, stream_timeline
 from qvg_paged.checks import check_kv, check_layer, check_queries
 from qvg_paged.chunk import Chunk, ChunkState
 from qvg_paged.commit import commit_chunk
 from qvg_paged.config import CacheConfig, ModelSpec, Window
 from qvg_paged.encoder import SpanEncoder
-from qvg_paged.errors import ArgumentError, StateError
+from qvg_paged.errors import ArgumentError, IntegrityError, StateError
 from qvg_paged.events import CacheEvent, EventKind, fault_point
 from qvg_paged.kernels.attention import AttentionPath, paged_attention
 from qvg_paged.kernels.block_table import BlockTable
@@ -29,6 +30,7 @@ from qvg_paged.pool import SlabPool
 from qvg_paged.scratch import ScratchWriter
 from qvg_paged.stats import CacheStats, stream_stats, tenant_nbytes
 from qvg_paged.stream import Stream
+from qvg_paged.timeline import Demand
 
 __all__ = ["KVCacheManager"]
 
@@ -117,25 +119,25 @@ class KVCacheManager:
         """Open a chunk on each stream, all or none: CFG branches begin together. See `Stream.begin_chunk`."""
         with self._lock:
             count = self.model.frames_per_chunk if frames is None else frames
-            if not 1 <= count <= self.model.frames_per_chunk:
+            if not isinstance(count, int) or not 1 <= count <= self.model.frames_per_chunk:
                 raise ArgumentError(
                     f"frames: expected 1 to frames_per_chunk={self.model.frames_per_chunk}, got {count}"
                 )
             if len(set(streams)) != len(streams):
                 raise ArgumentError("streams: expected each stream once")
+            overrides = _check_positions(positions)
             visible = [self._ready(stream, retrieve) for stream in streams]
             spans = [self._closing_spans(stream, count) for stream in streams]
             total = sum(spans)
             self.store.require(Demand(count * len(streams), total * self.config.span_frames, total))
-            chunks: list[Chunk] = []
             try:
-                for stream, frames_seen, closing in zip(streams, visible, spans, strict=True):
-                    chunks.append(self._begin(stream, count, frames_seen, closing, positions or {}))
+                return [
+                    self._begin(stream, count, frames_seen, closing, overrides)
+                    for stream, frames_seen, closing in zip(streams, visible, spans, strict=True)
+                ]
             except BaseException:
-                for chunk in chunks:
-                    self.abort(chunk)
+                self._abort([stream.chunk for stream in streams if stream.chunk is not None])
                 raise
-            return chunks
 
     def _ready(self, stream: Stream, retrieve: Sequence[int]) -> tuple[int, ...]:
         if stream.manager is not self:
@@ -162,13 +164,13 @@ class KVCacheManager:
             pages=tuple(page.id for page in pages),
             codebooks=tuple(page.codebook_id for page in pages),
             formats=tuple(page.format for page in pages),
-            positions=tuple(float(positions.get(frame, frame)) for frame in (*visible, *frames)),
+            positions=tuple(positions.get(frame, float(frame)) for frame in (*visible, *frames)),
             indptr=(0, len(pages)),
             device=self.device,
         )
         writer = ScratchWriter(self._pool.buffer, self.layouts[DENSE_FORMAT], reservation.scratch)
         chunk = stream.chunk = Chunk(stream, frames, visible, table, reservation, writer)
-        self.emit(EventKind.ALLOCATE, stream, tuple(frames), reservation.pages)
+        self.send([self.event(EventKind.ALLOCATE, stream, frames, reservation.pages)])
         return chunk
 
     def attend(
@@ -257,8 +259,14 @@ class KVCacheManager:
         """See `Chunk.abort`."""
         with self._lock:
             if chunk.state is ChunkState.OPEN:
-                self.finish(chunk, ChunkState.ABORTED)
-                self.release(chunk.stream.tenant, chunk.reservation.pages)
+                self._abort([chunk])
+
+    def _abort(self, chunks: list[Chunk]) -> None:
+        events: list[CacheEvent] = []
+        for chunk in chunks:
+            self.finish(chunk, ChunkState.ABORTED)
+            events += self.release(chunk.stream.tenant, chunk.reservation.pages)
+        self.send(events)
 
     def finish(self, chunk: Chunk, state: ChunkState) -> None:
         """Detach a chunk from its stream and drop batches it was part of."""
@@ -266,12 +274,11 @@ class KVCacheManager:
         chunk.stream.chunk = None
         self._batches = {key: batch for key, batch in self._batches.items() if id(chunk) not in key}
 
-    def release(self, tenant: str, pages: list[Page]) -> None:
-        """Take an owner from each page; memory is reusable once what was launched so far is done."""
+    def release(self, tenant: str, pages: list[Page]) -> list[CacheEvent]:
+        """Take an owner from each page; memory is reusable once what was launched so far is done. The event to send."""
         returned = self.store.release(pages, self.encoder.fence()) if pages else 0
-        if returned:
-            freed = tuple(page.id for page in pages if not page.owners)
-            self._send(CacheEvent(EventKind.FREE, tenant, "", (), freed, returned))
+        freed = tuple(page.id for page in pages if not page.owners)
+        return [CacheEvent(EventKind.FREE, tenant, "", (), freed, returned)] if returned else []
 
     def fork(self, stream: Stream, stream_id: str) -> Stream:
         """See `Stream.fork`."""
@@ -293,8 +300,8 @@ class KVCacheManager:
                 self.abort(stream.chunk)
             stream.closed = True
             del self.streams[stream.id]
-            self.release(stream.tenant, list(stream.pages.values()))
-            stream.pages = {}
+            pages, stream.pages = list(stream.pages.values()), {}
+            self.send(self.release(stream.tenant, pages))
 
     def read(
         self, stream: Stream, layer: int, frames: Sequence[int] | None, dtype: torch.dtype | None
@@ -361,18 +368,34 @@ class KVCacheManager:
         with self._lock:
             held: list[Page] = []
             for stream in self.streams.values():
-                held += stream.pages.values()
+                own = list(stream.pages.values())
                 if stream.chunk is not None:
-                    held += stream.chunk.reservation.pages
+                    own += stream.chunk.reservation.pages
+                foreign = [page.id for page in own if page.slot.tenant != stream.tenant]
+                if foreign:
+                    raise IntegrityError(f"stream {stream.id!r} of {stream.tenant!r}: pages {foreign} are not its own")
+                held += own
             self.store.check_integrity(held)
 
-    def emit(self, kind: EventKind, stream: Stream, frames: tuple[int, ...], pages: list[Page]) -> None:
-        """Tell the event sink about pages of a stream."""
-        if self.config.on_event is not None:
-            books = {page.codebook for page in pages if page.codebook}
-            nbytes = sum(page.slot.nbytes for page in pages) + sum(book.slot.nbytes for book in books)
-            self._send(CacheEvent(kind, stream.tenant, stream.id, frames, tuple(p.id for p in pages), nbytes))
+    @staticmethod
+    def event(kind: EventKind, stream: Stream, frames: Iterable[int], pages: list[Page]) -> CacheEvent:
+        """An event about pages of a stream."""
+        books = {page.codebook for page in pages if page.codebook}
+        nbytes = sum(page.slot.nbytes for page in pages) + sum(book.slot.nbytes for book in books)
+        return CacheEvent(kind, stream.tenant, stream.id, tuple(frames), tuple(page.id for page in pages), nbytes)
 
-    def _send(self, event: CacheEvent) -> None:
+    def send(self, events: list[CacheEvent]) -> None:
+        """Tell the event sink, after the books have changed."""
         if self.config.on_event is not None:
-            self.config.on_event(event)
+            for event in events:
+                self.config.on_event(event)
+
+
+def _check_positions(positions: Mapping[int, float] | None) -> dict[int, float]:
+    try:
+        values = {frame: float(position) for frame, position in (positions or {}).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ArgumentError(f"positions: expected a mapping from frame to position, got {positions!r}") from error
+    if not all(map(math.isfinite, values.values())):
+        raise ArgumentError(f"positions: expected finite numbers, got {values}")
+    return values

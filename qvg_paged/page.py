@@ -1,5 +1,6 @@
 """Pages and codebooks as objects with owners: who holds a page, and which codebook it needs."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from qvg_paged.budget import object_counts
@@ -133,6 +134,7 @@ class PageStore:
             self.pool.check(page.slot)
             owners[id(page)] = owners.get(id(page), 0) + 1
         unique = {id(page): page for page in held}
+        users = Counter(page.codebook for page in unique.values() if page.codebook)
         live: dict[int, Slot] = {}
         for key, page in unique.items():
             if page.owners != owners[key]:
@@ -140,10 +142,9 @@ class PageStore:
             live[page.slot.id] = page.slot
             if page.codebook:
                 self.pool.check(page.codebook.slot)
-                users = sum(1 for other in unique.values() if other.codebook is page.codebook)
-                if page.codebook.pages != users:
+                if page.codebook.pages != users[page.codebook]:
                     raise IntegrityError(
-                        f"codebook {page.codebook_id}: counts {page.codebook.pages}, has {users} pages"
+                        f"codebook {page.codebook_id}: counts {page.codebook.pages} pages, has {users[page.codebook]}"
                     )
                 live[page.codebook.slot.id] = page.codebook.slot
         if live != self.pool.live():

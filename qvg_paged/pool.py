@@ -242,6 +242,9 @@ class SlabPool:
         if len(owner) != len(self._free_slabs):
             raise IntegrityError("pool: a slab is twice in the free list")
         objects = list(self._live.values()) + [slot for _, slot in self._pending]
+        taken_of: dict[int, list[Slot]] = {}
+        for slot in objects:
+            taken_of.setdefault(self._slab(slot), []).append(slot)
         for kind in self._classes.values():
             if kind.with_room != sorted(slab for slab, room in kind.free.items() if room):
                 raise IntegrityError(f"pool: slabs with room of size {kind.nbytes} are listed wrongly")
@@ -251,9 +254,14 @@ class SlabPool:
                 if slab in owner:
                     raise IntegrityError(f"pool: slab {slab} has two owners")
                 owner[slab] = kind.nbytes
-                taken = {s.id * GRANULE % self.slab_nbytes // kind.nbytes for s in objects if self._slab(s) == slab}
+                slots = taken_of.pop(slab, [])
+                taken = {slot.id * GRANULE % self.slab_nbytes // kind.nbytes for slot in slots}
+                if any(slot.nbytes != kind.nbytes for slot in slots) or len(taken) != len(slots):
+                    raise IntegrityError(f"pool: slab {slab} holds objects of another size or twice the same slot")
                 if taken & set(room) or len(taken) + len(room) != kind.slots or len(set(room)) != len(room):
                     raise IntegrityError(f"pool: slots of slab {slab} do not add up")
+        if taken_of:
+            raise IntegrityError(f"pool: objects lie in slabs {sorted(taken_of)}, which no size holds")
         if sorted(owner) != list(range(self.num_slabs)):
             raise IntegrityError(f"pool: {self.num_slabs - len(owner)} slabs are lost")
         if self.used_nbytes != sum(slot.nbytes for slot in objects):
