@@ -13,19 +13,18 @@ from typing import Any
 
 import torch
 from eval_rows import CONTROLS, FORMAT_ROWS, Row
-from paged_history import PagedHistory
 from torch import Tensor
-from world_model.evaluate import ReturnPaths, psnr, return_paths, ssim
-from world_model.model import ROPE_BASES, WorldModel, load_model
+from world_model.evaluate import psnr, ssim
+from world_model.model import WorldModel, load_model
 from world_model.outliers import add_outliers
-from world_model.sampling import generate
+from world_streams import Shot, generate, model_spec, return_shots
 
-from qvg_paged import AttentionPath, CacheConfig, KVCacheManager, ModelSpec, PageFormat, RoPESpec, Timeline, Window
+from qvg_paged import AttentionPath, CacheConfig, KVCacheManager, ModelSpec, PageFormat, Timeline, Window
 from qvg_paged.budget import object_counts, page_layouts
 from qvg_paged.kernels.formats import DENSE
 from qvg_paged.kernels.layout import PageLayout
 
-__all__ = ["EvalOptions", "bits_per_element", "model_spec", "run"]
+__all__ = ["EvalOptions", "bits_per_element", "run", "same_bytes_window"]
 
 MAX_PSNR = 100.0
 
@@ -39,7 +38,8 @@ class EvalOptions:
         device: "cpu" or "cuda".
         worlds: held-out paths.
         given: frames of the way out.
-        seed: names worlds, paths and noise.
+        seed: names the noise.
+        world_seed: names worlds and paths.
         steps: Euler steps per frame.
         span_frames: frames quantised together.
         same_bytes_span_frames: the same, in the comparison with a window of the same bytes.
@@ -53,7 +53,8 @@ class EvalOptions:
     device: str = "cpu"
     worlds: int = 24
     given: int = 32
-    seed: int = 7
+    seed: int = 0
+    world_seed: int = 7
     steps: int = 4
     span_frames: int = 16
     same_bytes_span_frames: int = 8
@@ -61,23 +62,6 @@ class EvalOptions:
     variants: tuple[str, ...] = ("plain", "outliers")
     only: tuple[str, ...] = ()
     memory: str = "6GiB"
-
-
-def model_spec(model: WorldModel) -> ModelSpec:
-    """The world model's cache: keys unrotated, BF16, one frame per chunk."""
-    config = model.config
-    rope = RoPESpec(
-        head_dim=config.head_dim, grid=(config.grid, config.grid), pairs=config.rope_pairs, bases=ROPE_BASES
-    )
-    return ModelSpec(
-        num_layers=config.layers,
-        num_kv_heads=config.heads,
-        head_dim=config.head_dim,
-        tokens_per_frame=config.tokens_per_frame,
-        frames_per_chunk=1,
-        rope="on_read",
-        rope_spec=rope,
-    )
 
 
 def bits_per_element(layout: PageLayout, span_frames: int) -> float:
@@ -93,8 +77,18 @@ class _Bench:
     """A model, its paths, and how to run a row on them."""
 
     model: WorldModel
-    paths: ReturnPaths
+    shots: list[Shot]
     options: EvalOptions
+
+    @property
+    def truth(self) -> Tensor:
+        """The generated half as the renderer sees it, ``[worlds, given, 3, resolution, resolution]``."""
+        return torch.stack([shot.truth[shot.given :] for shot in self.shots])
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's cache."""
+        return model_spec(self.model.config)
 
     def config(self, fmt: PageFormat, path: AttentionPath | None = None, span_frames: int | None = None) -> CacheConfig:
         options = self.options
@@ -108,31 +102,21 @@ class _Bench:
             path=path or AttentionPath.AUTO,
         )
 
-    @torch.no_grad()
     def videos(self, row: Row, span_frames: int | None = None) -> Tensor:
         """The generated half, ``[worlds, given, 3, resolution, resolution]``."""
-        paths, options = self.paths, self.options
-        cache = KVCacheManager(model_spec(self.model), self.config(row.format, row.path, span_frames))
-        window = Window(recent_frames=row.window or 2 * paths.given)
-        streams = [cache.open(f"world-{i}", window=window) for i in range(len(paths.poses))]
-        with torch.autocast(cache.device.type, torch.bfloat16, enabled=cache.device.type == "cuda"):
-            video = generate(
-                self.model,
-                paths.frames[:, : paths.given],
-                paths.poses,
-                PagedHistory(cache, streams),
-                steps=options.steps,
-                seed=options.seed + row.noise,
-            )
-        return video[:, paths.given :]
+        cache = KVCacheManager(self.spec, self.config(row.format, row.path, span_frames))
+        shots = [replace(shot, seed=shot.seed + row.noise) for shot in self.shots]
+        window = None if row.window is None else Window(recent_frames=row.window)
+        streams = generate(self.model, cache, shots, window=window, steps=self.options.steps)
+        return torch.stack([torch.stack(stream.video[self.options.given :]) for stream in streams])
 
     def bits(self, row: Row) -> float:
-        layouts = page_layouts(model_spec(self.model), self.config(row.format))
+        layouts = page_layouts(self.spec, self.config(row.format))
         return bits_per_element(layouts[-1], self.options.span_frames)
 
     def compare(self, video: Tensor, dense: Tensor) -> dict[str, Any]:
         """Onset, mean and curve against the unquantised cache, and the same against truth."""
-        truth = self.paths.frames[:, self.paths.given :]
+        truth = self.truth
         result: dict[str, Any] = {}
         for name, other in (("dense", dense), ("truth", truth)):
             curve = psnr(video, other).clamp_max(MAX_PSNR).mean(0)
@@ -162,15 +146,14 @@ def same_bytes_window(model: ModelSpec, config: CacheConfig, frames: int) -> tup
 
 
 def _same_bytes(bench: _Bench, dense: Tensor, row: Row) -> dict[str, Any]:
-    options, paths = bench.options, bench.paths
-    frames, span = 2 * paths.given, options.same_bytes_span_frames
-    peak, window = same_bytes_window(model_spec(bench.model), bench.config(row.format, span_frames=span), frames)
+    options, truth = bench.options, bench.truth
+    frames, span = 2 * options.given, options.same_bytes_span_frames
+    peak, window = same_bytes_window(bench.spec, bench.config(row.format, span_frames=span), frames)
     full = bench.videos(row, span)
     windowed = bench.videos(Row(name="window", format=DENSE, window=window))
     # generated frame i shows again what frame `frames - 1 - i` showed; that one has left a window of w frames if
-    outside = [i for i in range(paths.given, frames) if frames - 1 - i < i - window]
-    pick = [i - paths.given for i in outside]
-    truth = paths.frames[:, paths.given :]
+    outside = [i for i in range(options.given, frames) if frames - 1 - i < i - window]
+    pick = [i - options.given for i in outside]
     scores = {
         name: {
             "truth": psnr(video[:, pick], truth[:, pick]).mean().item(),
@@ -197,20 +180,25 @@ def run(options: EvalOptions, progress: Callable[[str], None] = print) -> dict[s
         model = load_model(options.weights, options.device)
         if variant == "outliers":
             add_outliers(model)
-        paths = return_paths(
-            options.device, worlds=options.worlds, given=options.given, resolution=model.config.resolution,
+        shots = return_shots(
+            options.worlds,
+            given=options.given,
+            generated=options.given,
+            resolution=model.config.resolution,
             seed=options.seed,
-        )  # fmt: skip
-        results[variant] = _run_variant(_Bench(model, paths, options), progress, variant)
+            world_seed=options.world_seed,
+            device=options.device,
+        )
+        results[variant] = _run_variant(_Bench(model, shots, options), progress, variant)
     return results
 
 
 def _run_variant(bench: _Bench, progress: Callable[[str], None], variant: str) -> dict[str, Any]:
-    paths, options = bench.paths, bench.options
+    options = bench.options
     base = Row(name="unquantised, all history", format=DENSE)
     dense = bench.videos(base)
     rows = [{"name": base.name, "bits": bench.bits(base), **bench.compare(dense, dense)}]
-    last = paths.frames[:, paths.given - 1 : paths.given].expand_as(dense)
+    last = torch.stack([shot.truth[shot.given - 1 :][:1] for shot in bench.shots]).expand_as(dense)
     rows.append({"name": "copy last frame", "bits": None, **bench.compare(last, dense)})
     wanted = [row for row in (*CONTROLS, *FORMAT_ROWS) if not options.only or row.name in options.only]
     for row in wanted:
