@@ -114,7 +114,8 @@ def _cpu_name() -> str:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, the operating system and the packages that matter; None for one that is absent."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    system = f"{platform.system()} {platform.machine()}"
+    found: dict[str, str | None] = {"python": platform.python_version(), "system": system}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

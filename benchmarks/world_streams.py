@@ -30,7 +30,7 @@ from qvg_paged import (
     estimate,
 )
 
-__all__ = ["HistoryRead", "Shot", "WorldEngine", "WorldStream", "generate", "memory_for", "model_spec", "return_shots"]
+__all__ = ["HistoryRead", "Shot", "WorldEngine", "WorldStream", "fit_memory", "generate", "model_spec", "return_shots"]
 
 MIB = 1 << 20
 
@@ -121,8 +121,8 @@ def model_spec(config: WorldModelConfig, *, dtype: torch.dtype = torch.bfloat16)
     )
 
 
-def memory_for(model: ModelSpec, config: CacheConfig, window: Window, *, frames: int, streams: int) -> int:
-    """Least whole MiB of ``CacheConfig.memory`` that hold `streams` streams of `frames` frames at their worst."""
+def fit_memory(model: ModelSpec, config: CacheConfig, window: Window, *, frames: int, streams: int) -> CacheConfig:
+    """`config` with the least whole MiB of memory that hold `streams` streams of `frames` frames at their worst."""
 
     def enough(mib: int) -> bool:
         try:
@@ -139,7 +139,7 @@ def memory_for(model: ModelSpec, config: CacheConfig, window: Window, *, frames:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
-    return high * MIB
+    return replace(config, memory=high * MIB)
 
 
 @dataclass(frozen=True)
