@@ -1,0 +1,68 @@
+"""A store small enough to test quickly, and content that tells streams, frames and layers apart."""
+
+from typing import Any
+
+import torch
+
+from qvg_paged import FORMATS, CacheConfig, Chunk, KVCacheManager, ModelSpec, PageFormat, Stream, Window
+from qvg_paged.budget import Budget
+
+TOKENS, HEADS, HEAD_DIM, LAYERS, SPAN = 8, 2, 64, 2, 4
+FAST: PageFormat = FORMATS["qvg4-int2"].with_codecs(iterations=1, num_centroids=2)
+WINDOW = Window(sink_frames=1, recent_frames=8)
+
+
+def make_model(**changes: Any) -> ModelSpec:
+    """Two layers, two heads, eight tokens a frame, three frames a chunk, float32."""
+    fields: dict[str, Any] = {
+        "num_layers": LAYERS, "num_kv_heads": HEADS, "head_dim": HEAD_DIM, "tokens_per_frame": TOKENS,
+        "frames_per_chunk": 3, "dtype": torch.float32,
+    }  # fmt: skip
+    return ModelSpec(**{**fields, **changes})
+
+
+def make_cache(pool: int = 2 << 20, model: ModelSpec | None = None, **changes: Any) -> KVCacheManager:
+    """A manager whose pool has about `pool` bytes, whatever staging and workspace take besides."""
+    model = model or make_model()
+    fields: dict[str, Any] = {"format": FAST, "span_frames": SPAN, "staging": "1MiB", **changes}
+    roomy = Budget.split(model, CacheConfig(memory="1GiB", **fields))
+    memory = pool + roomy.staging + roomy.encode
+    overhead = max(512 << 10, memory // 63)
+    return KVCacheManager(model, CacheConfig(memory=memory + overhead, **fields))
+
+
+def content(model: ModelSpec, seed: int) -> torch.Tensor:
+    """K and V of one frame, ``[num_layers, 2, tokens, heads, head_dim]``; every seed differs, and so do layers."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (model.num_layers, 2, model.tokens_per_frame, model.num_kv_heads, model.head_dim)
+    return torch.randn(shape, generator=generator).to(model.dtype)
+
+
+def write(chunk: Chunk, seeds: list[int], layers: range | None = None) -> None:
+    """Fill the chunk's frames with the content of `seeds`, one per frame."""
+    model = chunk.stream.manager.model
+    frames = torch.stack([content(model, seed) for seed in seeds], 2)  # [layers, 2, frames, tokens, heads, head_dim]
+    for layer in layers or range(model.num_layers):
+        k, v = frames[layer].flatten(1, 2)
+        chunk.write(layer, k, v)
+
+
+def grow(stream: Stream, frames: int, first_seed: int = 0, per_chunk: int = 3) -> list[int]:
+    """Commit `frames` further frames; their seeds, by order."""
+    seeds = list(range(first_seed, first_seed + frames))
+    for start in range(0, frames, per_chunk):
+        part = seeds[start : start + per_chunk]
+        with stream.begin_chunk(len(part)) as chunk:
+            write(chunk, part)
+            chunk.commit()
+    return seeds
+
+
+def page_bytes(cache: KVCacheManager, stream: Stream) -> dict[int, bytes]:
+    """Page and codebook bytes of every stored frame."""
+    pool = cache.store.pool
+    found = {}
+    for frame, page in stream.pages.items():
+        parts = [pool.bytes_of(page.slot)] + ([pool.bytes_of(page.codebook.slot)] if page.codebook else [])
+        found[frame] = b"".join(part.numpy().tobytes() for part in parts)
+    return found
