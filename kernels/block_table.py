@@ -1,8 +1,9 @@
 """Block tables in CSR form: which pages each sequence of a ragged batch attends to, in order."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -43,6 +44,7 @@ class BlockTable:
         positions: frame position of each entry, used by RoPE on read.
         indptr: sequence b owns entries ``indptr[b]:indptr[b + 1]``.
         device: where the kernels run.
+        cache: what attention derives from the table once and reuses in every layer and step.
     """
 
     pages: tuple[int, ...]
@@ -51,6 +53,7 @@ class BlockTable:
     positions: tuple[float, ...]
     indptr: tuple[int, ...]
     device: torch.device
+    cache: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def batch(self) -> int:

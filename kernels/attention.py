@@ -1,0 +1,297 @@
+"""Attention over a block table of mixed page formats: checks, choice of path, workspace."""
+
+import math
+import os
+from collections.abc import Sequence
+from enum import Enum
+
+import torch
+
+from qvg_paged.kernels.attention_plan import query_blocks, rope_tables
+from qvg_paged.kernels.block_table import BlockTable
+from qvg_paged.kernels.errors import ArgumentError
+from qvg_paged.kernels.layout import GRANULE, PageLayout, align
+from qvg_paged.kernels.merge import merge_partials
+from qvg_paged.kernels.reference_attention import reference_attention
+from qvg_paged.kernels.rope import RoPELayout, RoPESpec
+from qvg_paged.kernels.staged_attention import staged_attention, staged_nbytes
+
+__all__ = ["AttentionPath", "attention_workspace_nbytes", "paged_attention"]
+
+QUERY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_SPLITS = 64
+INTERPRETED_PROGRAMS = 8
+PROGRAMS_PER_MULTIPROCESSOR = 2
+
+
+class AttentionPath(Enum):
+    """How pages are read; results agree within rounding."""
+
+    REFERENCE = "reference"
+    """Decode all of a sequence's pages in table order, then one `scaled_dot_product_attention` call."""
+    STAGED = "staged"
+    """Decode slices into bounded scratch, then the best dense kernel; slices merged by log-sum-exp."""
+    DIRECT = "direct"
+    """A Triton kernel reads the pages, split over keys; CUDA, or Triton's interpreter."""
+    AUTO = "auto"
+    """`DIRECT` for 16-bit queries on CUDA when the table has quantised pages, else `STAGED`."""
+
+
+def paged_attention(
+    q: torch.Tensor,
+    buffer: torch.Tensor,
+    table: BlockTable,
+    layouts: Sequence[PageLayout],
+    layer: int,
+    *,
+    cu_seqlens_q: Sequence[int],
+    softmax_scale: float | None = None,
+    rope: RoPESpec | None = None,
+    path: AttentionPath = AttentionPath.AUTO,
+    workspace: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Full attention of each sequence's queries to all tokens of its pages.
+
+    Nothing is masked: the tokens of the chunk being generated are pages of the table like any others.
+
+    Args:
+        q: ``[total_q, q_heads, head_dim]`` float32, float16 or bfloat16, already rotated, last dimension contiguous;
+            query head h reads KV head ``h // (q_heads / kv_heads)``.
+        buffer: 1-D uint8 pool.
+        table: pages of each sequence; ``table.formats`` index `layouts`.
+        layouts: page layouts of the same model, at least one.
+        layer: layer to read.
+        cu_seqlens_q: ``batch + 1`` host integers; sequence b owns queries ``cu_seqlens_q[b]:cu_seqlens_q[b + 1]``.
+        softmax_scale: factor on the scores; ``head_dim ** -0.5`` if None.
+        rope: rotate keys to ``table.positions`` when read; None if they were stored rotated.
+        path: how pages are read.
+        workspace: 1-D uint8 scratch on the pool's device for decoded keys or partial results; allocated if None.
+
+    Returns:
+        Output ``[total_q, q_heads, head_dim]`` in q's dtype and log-sum-exp ``[total_q, q_heads]`` float32 (natural
+        log). A sequence without pages gets zeros and -inf.
+
+    Raises:
+        ArgumentError: an argument does not fit the others, or `workspace` is too small (the message says how many
+            bytes are needed); nothing was computed.
+    """
+    cu_queries = tuple(cu_seqlens_q)
+    _check_queries(q, buffer, table, layouts, layer, cu_queries)
+    _check_table(table, layouts, rope, workspace)
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    scale = layouts[0].key.head_dim ** -0.5 if softmax_scale is None else softmax_scale
+    path = _choose(path, q, table, layouts)
+    if len(q) == 0:
+        return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    if path is AttentionPath.REFERENCE:
+        return reference_attention(
+            q, buffer, table, layouts, layer, cu_seqlens_q=cu_queries, softmax_scale=scale, rope=rope
+        )
+    run = staged_attention if path is AttentionPath.STAGED else _direct
+    return run(
+        q, buffer, table, layouts, layer,
+        cu_seqlens_q=cu_queries, softmax_scale=scale, rope=rope, workspace=workspace,
+    )  # fmt: skip
+
+
+def attention_workspace_nbytes(
+    layouts: Sequence[PageLayout], q_heads: int, max_queries: int, dtype: torch.dtype
+) -> int:
+    """Least workspace with which every path attends `max_queries` queries of one sequence at once.
+
+    Larger batches work with it too, some sequences at a time; more bytes mean longer slices and more splits.
+
+    Args:
+        layouts: the page layouts that tables may name.
+        q_heads: query heads.
+        max_queries: queries of one sequence.
+        dtype: the widest dtype of queries.
+    """
+    part = layouts[0].key
+    direct = len(layouts) * _partial_nbytes(max_queries * q_heads, part.head_dim)
+    return max(direct, staged_nbytes(part, q_heads, max_queries, dtype))
+
+
+def _partial_nbytes(rows: int, head_dim: int) -> int:
+    return align(rows * head_dim * 4, GRANULE) + align(rows * 4, GRANULE)
+
+
+def _choose(
+    path: AttentionPath, q: torch.Tensor, table: BlockTable, layouts: Sequence[PageLayout]
+) -> AttentionPath:
+    if path is AttentionPath.DIRECT and q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ArgumentError(f"path: expected staged, reference or auto for tensors on {q.device}, got direct")
+    if path is not AttentionPath.AUTO:
+        return path
+    quantised = any(not layouts[fmt].format.is_dense for fmt in table.groups)
+    half = q.dtype is not torch.float32
+    return AttentionPath.DIRECT if q.device.type == "cuda" and half and quantised else AttentionPath.STAGED
+
+
+def _direct(
+    q: torch.Tensor,
+    buffer: torch.Tensor,
+    table: BlockTable,
+    layouts: Sequence[PageLayout],
+    layer: int,
+    *,
+    cu_seqlens_q: tuple[int, ...],
+    softmax_scale: float,
+    rope: RoPESpec | None,
+    workspace: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    for sequences in _sequences_that_fit(q, table, cu_seqlens_q, workspace):
+        rows = slice(cu_seqlens_q[sequences.start], cu_seqlens_q[sequences.stop])
+        if rows.start < rows.stop:
+            _direct_sequences(
+                q, buffer, table, layouts, layer, cu_seqlens_q, sequences, softmax_scale, rope, workspace,
+                out[rows], lse[rows],
+            )  # fmt: skip
+    return out, lse
+
+
+def _sequences_that_fit(
+    q: torch.Tensor, table: BlockTable, cu_queries: tuple[int, ...], workspace: torch.Tensor | None
+) -> list[range]:
+    """Consecutive sequences whose partial results, one split per format, fit the workspace together."""
+    groups = max(1, len(table.groups))
+    if workspace is None:
+        return [range(table.batch)]
+    made, start = [], 0
+    for b in range(table.batch):
+        needed = groups * _partial_nbytes((cu_queries[b + 1] - cu_queries[b]) * q.shape[1], q.shape[2])
+        if needed > workspace.numel():
+            raise ArgumentError(
+                f"workspace: expected at least {needed} bytes (partial results of {cu_queries[b + 1] - cu_queries[b]} "
+                f"queries in {groups} formats), got {workspace.numel()}"
+            )
+        together = groups * _partial_nbytes((cu_queries[b + 1] - cu_queries[start]) * q.shape[1], q.shape[2])
+        if together > workspace.numel():
+            made.append(range(start, b))
+            start = b
+    return [*made, range(start, table.batch)]
+
+
+def _direct_sequences(
+    q: torch.Tensor,
+    buffer: torch.Tensor,
+    table: BlockTable,
+    layouts: Sequence[PageLayout],
+    layer: int,
+    cu_queries: tuple[int, ...],
+    sequences: range,
+    scale: float,
+    rope: RoPESpec | None,
+    workspace: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    from qvg_paged.kernels.direct_attention import (  # noqa: PLC0415 - triton is only loaded where it is used
+        direct_attention,
+        launch_shape,
+    )
+
+    heads = layouts[0].key.heads
+    group_size = q.shape[1] // heads
+    longest = max(cu_queries[b + 1] - cu_queries[b] for b in sequences) * group_size
+    launches, splits = [], []
+    for fmt in table.groups:
+        shape = launch_shape(layouts[fmt], q.dtype, longest)
+        blocks = query_blocks(table, cu_queries, sequences, group_size, shape.rows)
+        launches.append((fmt, shape, blocks))
+        splits.append(_wanted_splits(table, layouts[fmt], fmt, sequences, blocks.count * heads, shape.tokens))
+    per_partial = _partial_nbytes(lse.numel(), q.shape[2])
+    splits = _affordable(splits, None if workspace is None else workspace.numel() // per_partial)
+    total = sum(splits)
+    if workspace is None:
+        workspace = torch.empty(total * per_partial, dtype=torch.uint8, device=q.device)
+    size = total * out.numel() * 4
+    partials = workspace[:size].view(torch.float32).view(total, *out.shape)
+    partial_lse = workspace[align(size, GRANULE) :][: total * lse.numel() * 4].view(torch.float32).view(total, *lse.shape)
+    done = 0
+    for (fmt, shape, blocks), count in zip(launches, splits, strict=True):
+        direct_attention(
+            partials, partial_lse, q, buffer, layouts[fmt], layer, table.groups[fmt], blocks,
+            softmax_scale=scale, num_splits=count, first_partial=done,
+            rope=None if rope is None else rope_tables(table, fmt, rope),
+            rope_layout=RoPELayout.INTERLEAVED if rope is None else rope.layout, shape=shape,
+        )  # fmt: skip
+        done += count
+    merge_partials(partials, partial_lse, out, lse)
+
+
+def _wanted_splits(
+    table: BlockTable, layout: PageLayout, fmt: int, sequences: range, programs: int, tile_tokens: int
+) -> int:
+    """Shares of the keys that fill the machine twice, none smaller than a tile."""
+    indptr = table.groups[fmt].host_indptr
+    most = max(indptr[b + 1] - indptr[b] for b in sequences) * math.ceil(layout.key.tokens / tile_tokens)
+    filled = INTERPRETED_PROGRAMS
+    if table.device.type == "cuda":
+        filled = torch.cuda.get_device_properties(table.device).multi_processor_count * PROGRAMS_PER_MULTIPROCESSOR
+    return max(1, min(math.ceil(filled / programs), most, MAX_SPLITS))
+
+
+def _affordable(wanted: list[int], most: int | None) -> list[int]:
+    """`wanted` cut down, evenly, to a sum of at most `most`; each stays at least 1."""
+    if most is None or sum(wanted) <= most:
+        return wanted
+    spare = most - len(wanted)
+    return [1 + (count - 1) * spare // (sum(wanted) - len(wanted)) for count in wanted]
+
+
+def _check_queries(
+    q: torch.Tensor,
+    buffer: torch.Tensor,
+    table: BlockTable,
+    layouts: Sequence[PageLayout],
+    layer: int,
+    cu_queries: tuple[int, ...],
+) -> None:
+    if not layouts:
+        raise ArgumentError("layouts: expected at least one page layout, got none")
+    part = layouts[0].key
+    if buffer.dtype is not torch.uint8 or buffer.ndim != 1 or not buffer.is_contiguous():
+        raise ArgumentError(f"buffer: expected a contiguous 1-D uint8 tensor, got {buffer.dtype} {tuple(buffer.shape)}")
+    if q.ndim != 3 or q.shape[2] != part.head_dim or q.shape[1] == 0 or q.shape[1] % part.heads:
+        raise ArgumentError(
+            f"q: expected [total_q, a multiple of {part.heads} heads, {part.head_dim}], got {tuple(q.shape)}"
+        )
+    if q.dtype not in QUERY_DTYPES or q.device != buffer.device:
+        raise ArgumentError(
+            f"q: expected float32, float16 or bfloat16 on {buffer.device}, got {q.dtype} on {q.device}"
+        )
+    if q.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError("q: expected a tensor that needs no gradient (inference only); detach it or use no_grad")
+    if not 0 <= layer < layouts[0].num_layers:
+        raise ArgumentError(f"layer: expected 0 to {layouts[0].num_layers - 1}, got {layer}")
+    steps = list(zip(cu_queries, cu_queries[1:], strict=False))
+    if len(cu_queries) != table.batch + 1 or cu_queries[0] or any(a > b for a, b in steps) or cu_queries[-1] != len(q):
+        raise ArgumentError(
+            f"cu_seqlens_q: expected {table.batch + 1} non-decreasing integers from 0 to {len(q)}, got {cu_queries}"
+        )
+
+
+def _check_table(
+    table: BlockTable, layouts: Sequence[PageLayout], rope: RoPESpec | None, workspace: torch.Tensor | None
+) -> None:
+    part = layouts[0].key
+    bad = set(table.formats) - set(range(len(layouts)))
+    if bad:
+        raise ArgumentError(f"table: expected formats 0 to {len(layouts) - 1}, got {sorted(bad)}")
+    if rope is not None and (rope.head_dim != part.head_dim or rope.tokens_per_frame != part.tokens):
+        raise ArgumentError(
+            f"rope: expected head_dim {part.head_dim} and {part.tokens} tokens a frame, "
+            f"got {rope.head_dim} and {rope.tokens_per_frame}"
+        )
+    if workspace is None:
+        return
+    if workspace.dtype is not torch.uint8 or workspace.ndim != 1 or not workspace.is_contiguous():
+        raise ArgumentError(
+            f"workspace: expected a contiguous 1-D uint8 tensor, got {workspace.dtype} {tuple(workspace.shape)}"
+        )
+    if workspace.device != table.device or workspace.data_ptr() % 16:
+        raise ArgumentError(f"workspace: expected 16-byte aligned memory on {table.device}, got {workspace.device}")

@@ -1,0 +1,78 @@
+"""Merging attention over disjoint sets of keys by log-sum-exp.
+
+A partial result is a pair: the output normalised over its own keys, and the natural log of the sum of their
+exponentials. With ``w_i = exp(lse_i - lse)`` and ``lse = log(sum_i exp(lse_i))`` the whole is ``sum_i w_i * out_i``.
+A set without keys has lse = -inf and its output is never read.
+"""
+
+import torch
+
+from qvg_paged.kernels.backend import Backend, uses_triton
+
+__all__ = ["merge_into", "merge_into_reference", "merge_partials", "merge_partials_reference"]
+
+def merge_partials(
+    partials: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    *, backend: Backend = Backend.AUTO,
+) -> None:  # fmt: skip
+    """Merge all partial results at once.
+
+    Args:
+        partials: ``[partials, ..., head_dim]`` float32, contiguous; not read where `partial_lse` is -inf.
+        partial_lse: ``[partials, ...]`` float32, contiguous, natural log.
+        out: ``[..., head_dim]``, contiguous, written in its own dtype; zeros where no partial has a key.
+        lse: ``[...]`` float32, contiguous, written; -inf where no partial has a key.
+        backend: Triton or its PyTorch twin.
+    """
+    if lse.numel() == 0:
+        return
+    if not uses_triton(backend, out.device):
+        merge_partials_reference(partials, partial_lse, out, lse)
+        return
+    from qvg_paged.kernels import _merge_triton  # noqa: PLC0415 - triton is only loaded where it is used
+
+    _merge_triton.merge_partials(partials, partial_lse, out, lse)
+
+
+def merge_partials_reference(
+    partials: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """PyTorch twin of `merge_partials`; same arguments."""
+    merged = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    lse.fill_(float("-inf"))
+    for part, part_lse in zip(partials, partial_lse, strict=True):
+        merge_into_reference(merged, lse, part, part_lse)
+    out.copy_(merged)
+
+
+def merge_into(
+    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor,
+    *, backend: Backend = Backend.AUTO,
+) -> None:  # fmt: skip
+    """Merge one partial result into a running one, in place.
+
+    Args:
+        out: ``[batch, heads, queries, head_dim]`` float32, contiguous, updated.
+        lse: ``[batch, heads, queries]`` float32, contiguous, updated.
+        part: shaped like `out`, any float dtype, last dimension contiguous; not read where `part_lse` is -inf.
+        part_lse: shaped like `lse`, float32.
+        backend: Triton or its PyTorch twin.
+    """
+    if lse.numel() == 0:
+        return
+    if not uses_triton(backend, out.device):
+        merge_into_reference(out, lse, part, part_lse)
+        return
+    from qvg_paged.kernels import _merge_triton  # noqa: PLC0415
+
+    _merge_triton.merge_into(out, lse, part, part_lse)
+
+
+def merge_into_reference(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+    """PyTorch twin of `merge_into`, for any leading dimensions; same arguments."""
+    merged = torch.logaddexp(lse, part_lse)
+    reference = merged.masked_fill(merged == float("-inf"), 0.0)
+    kept, filled = (lse != float("-inf"))[..., None], (part_lse != float("-inf"))[..., None]
+    out.mul_((lse - reference).exp_()[..., None]).masked_fill_(~kept, 0.0)
+    out.add_(torch.where(filled, part, 0.0) * (part_lse - reference).exp_()[..., None])
+    lse.copy_(merged)
