@@ -1,0 +1,58 @@
+"""A 64-bit digest of bytes on the device, to compare pages without copying them.
+
+    digest = sum over 8-byte words of mix(word + mix(position + length)), modulo 2**64
+
+The sum does not depend on the order of summation, every term on its position. Not cryptographic.
+"""
+
+import torch
+
+from qvg_paged.kernels.errors import ArgumentError
+
+__all__ = ["digest_bytes"]
+
+WORD = 8
+CHUNK_WORDS = 1 << 18
+MULTIPLIERS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
+"""The two odd constants of the splitmix64 finaliser, as signed numbers."""
+SHIFTS = (30, 27, 31)
+GOLDEN = -0x61C8864680B583EB
+
+
+def digest_bytes(buffer: torch.Tensor, start: int, nbytes: int) -> int:
+    """Digest of ``buffer[start : start + nbytes]``, between 0 and 2**64 - 1.
+
+    Args:
+        buffer: 1-D uint8 tensor.
+        start: first byte.
+        nbytes: number of bytes; the last word is padded with zeros.
+
+    Raises:
+        ArgumentError: the range does not lie inside the buffer.
+    """
+    if buffer.dtype is not torch.uint8 or buffer.ndim != 1:
+        raise ArgumentError(f"buffer: expected a 1-D uint8 tensor, got {buffer.dtype} {tuple(buffer.shape)}")
+    if start < 0 or nbytes < 0 or start + nbytes > buffer.numel():
+        raise ArgumentError(f"start, nbytes: expected a range inside {buffer.numel()} bytes, got {start} + {nbytes}")
+    total = torch.zeros((), dtype=torch.int64, device=buffer.device)
+    for begin in range(0, nbytes, CHUNK_WORDS * WORD):
+        end = min(begin + CHUNK_WORDS * WORD, nbytes)
+        words = _words(buffer[start + begin : start + end])
+        position = torch.arange(begin // WORD, begin // WORD + len(words), device=buffer.device)
+        total += _mix(words + _mix(position * GOLDEN + nbytes)).sum()
+    return int(total.item()) % 2**64
+
+
+def _words(piece: torch.Tensor) -> torch.Tensor:
+    if piece.numel() % WORD or piece.data_ptr() % WORD or piece.storage_offset() % WORD:
+        padded = piece.new_zeros(-(-piece.numel() // WORD) * WORD)
+        padded[: piece.numel()] = piece
+        piece = padded
+    return piece.view(torch.int64)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """The splitmix64 finaliser; arithmetic shifts are masked into logical ones."""
+    for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * multiplier
+    return x
