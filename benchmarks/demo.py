@@ -189,7 +189,7 @@ def run(options: DemoOptions, progress: Progress) -> dict[str, Any]:
 
 def _config(options: DemoOptions, spec: ModelSpec) -> CacheConfig:
     config = CacheConfig(
-        memory=options.memory or "1TiB",
+        memory=options.memory or "1024GiB",
         format=options.format,
         span_frames=options.span_frames,
         device=options.torch_device,
@@ -264,7 +264,7 @@ def _run_reference(
     model: WorldModel, spec: ModelSpec, shots: Sequence[Shot], options: DemoOptions, progress: Progress
 ) -> dict[str, Tensor]:
     """Every stream from an unquantised cache with room for all: ``[frames, 3, resolution, resolution]`` by id."""
-    config = CacheConfig(memory="1TiB", format="dense", device=options.torch_device)
+    config = CacheConfig(memory="1024GiB", format="dense", device=options.torch_device)
     config = fit_memory(spec, config, _window(options), frames=options.frames, streams=len(shots))
 
     def on_chunk(streams: Sequence[WorldStream]) -> None:

@@ -1,0 +1,65 @@
+# One command per task; each makes the virtual environment it needs. `make TORCH=torch==2.12.0 test` takes another torch.
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
+TYPED := $(abspath $(VENV))/typed
+
+.PHONY: demo test unit gpu-test eval bench lint types tables install clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo      several streams generate from one pool of 2-bit pages; report in runs/demo/report.html'
+	@echo 'make test      lint, types and tests, as continuous integration runs them'
+	@echo 'make unit      tests only            make gpu-test  tests that need a CUDA device'
+	@echo 'make eval      quality of every format in closed loop (meant for a GPU)'
+	@echo 'make bench     benchmarks of the test suite'
+	@echo 'make lint      ruff                  make types     mypy, strict'
+	@echo 'make tables    fill README tables from benchmarks/results'
+
+install: $(READY)
+
+# torch first and by itself, then again as a requirement, so that no dependency replaces it
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install '$(TORCH)'
+	$(BIN)/python -m pip install '$(TORCH)' --editable '.[test,bench,dev]'
+	rm -f $(VENV)/.ready-*
+	touch $@
+
+demo: $(READY)
+	$(BIN)/qvg-paged demo $(ARGS)
+
+eval: $(READY)
+	$(BIN)/qvg-paged eval $(ARGS)
+
+test: lint types unit
+
+unit: $(READY)
+	$(BIN)/pytest -m 'not gpu' --benchmark-skip $(ARGS)
+
+gpu-test: $(READY)
+	$(BIN)/pytest -m gpu $(ARGS)
+
+bench: $(READY)
+	$(BIN)/pytest -m 'not gpu' --benchmark-only $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/python benchmarks/readme_tables.py --check
+
+# mypy does not see mapped subpackages in an editable install, so it looks at a regular one, from outside the checkout
+types: $(READY)
+	rm -rf $(TYPED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TYPED) .
+	cd $(TYPED) && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p qvg_paged
+
+tables: $(READY)
+	$(BIN)/python benchmarks/readme_tables.py
+
+clean:
+	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

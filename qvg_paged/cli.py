@@ -1,0 +1,186 @@
+"""The command line: ``qvg-paged demo``, ``eval`` and ``info``.
+
+`demo` and `eval` run code of a checkout's ``benchmarks`` folder, which is not installed; this is the only module that
+imports upward.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from qvg_paged.config import ModelSpec
+from qvg_paged.console import StreamProgress, make_console, print_demo, print_evaluation, table
+from qvg_paged.errors import ConfigError, QvgPagedError
+from qvg_paged.kernels.formats import FORMATS
+from qvg_paged.machine import describe_formats, describe_machine, describe_paths
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Paged 2-bit KV cache for autoregressive video generation: one pool, many streams.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+BENCH_PACKAGES = ("safetensors", "PIL", "matplotlib")
+
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here, too.")]
+Weights = Annotated[Path | None, typer.Option(help="Safetensors file of the world model (default: the checkout's).")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda if there is any).")]
+Steps = Annotated[int, typer.Option(min=1, help="Euler steps per generated frame.")]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What went wrong as one line and exit status 2, without a traceback."""
+    try:
+        yield
+    except QvgPagedError as error:
+        make_console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def benchmarks_folder() -> Path:
+    """The ``benchmarks`` folder next to the package or in the current directory.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    places = [Path(__file__).resolve().parents[1] / "benchmarks", Path.cwd() / "benchmarks"]
+    for place in places:
+        if (place / "world_streams.py").is_file():
+            return place
+    raise ConfigError(
+        "benchmarks: expected a checkout of the project, whose world model this command runs, found none next to the "
+        f"package nor in {Path.cwd()}; run it from the root of a checkout"
+    )
+
+
+def _benchmark(name: str) -> Any:
+    """A module of the checkout's ``benchmarks`` folder."""
+    folder = str(benchmarks_folder())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name in BENCH_PACKAGES:
+            raise ConfigError(f"{error.name}: expected to be installed; pip install 'qvg-paged[bench]'") from None
+        raise
+
+
+@app.command()
+def demo(
+    streams: Annotated[int, typer.Option(min=1, help="Streams, in turns of two tenants.")] = 4,
+    given: Annotated[int, typer.Option(min=1, help="Frames of each that are given: the way out.")] = 24,
+    generated: Annotated[int, typer.Option(min=1, help="Frames of each that are generated: the way back.")] = 24,
+    format_: Annotated[str, typer.Option("--format", help=f"Of quantised pages: {', '.join(FORMATS)}.")] = "qvg4-int2",
+    memory: Annotated[str | None, typer.Option(help="Budget, as in 100MiB (default: the least that works).")] = None,
+    steps: Steps = 4,
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Names the noise.")] = 0,
+    weights: Weights = None,
+    out: Annotated[Path, typer.Option(help="Folder for report, contact sheet, animations, result.json.")] = Path(
+        "runs/demo"
+    ),
+    json_file: Json = None,
+) -> None:
+    """Streams of a trained world model generate from one pool of 2-bit pages, in too little memory for half of them.
+
+    Exit status 0 only if every stream finished and all were resident at once, the budget holds fewer than half of the
+    streams unquantised and was kept, at least 70 % of the history tokens read at the end were 2-bit, and every
+    stream is at least 20 dB (PSNR) from its own unquantised run with the same noise.
+    """
+    console = make_console()
+    with _errors():
+        module = _benchmark("demo")
+        options = module.DemoOptions(
+            streams=streams, given=given, generated=generated, format=format_, memory=memory, steps=steps,
+            device=device, seed=seed, weights=weights, out=out,
+        )  # fmt: skip
+        with StreamProgress(console) as progress:
+            content = module.run(options, progress)
+        if json_file is not None:
+            _benchmark("results_file").write(json_file, content)
+    print_demo(console, content["results"])
+    console.print(f"{content['results']['summary']['seconds']:.0f} s; report: {out / 'report.html'}", soft_wrap=True)
+    if not all(check["held"] for check in content["results"]["checks"]):
+        raise typer.Exit(1)
+
+
+@app.command(name="eval")
+def evaluate(
+    worlds: Annotated[int, typer.Option(min=1, help="Held-out camera paths.")] = 24,
+    given: Annotated[int, typer.Option(min=1, help="Frames of the way out; as many are generated.")] = 32,
+    steps: Steps = 4,
+    span_frames: Annotated[int, typer.Option(min=1, help="Frames quantised together.")] = 16,
+    centroids: Annotated[int | None, typer.Option(help="Per span and head (default: the library's rule).")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="plain or outliers; repeatable (default: both).")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run this row; repeatable (default: all).")] = None,
+    memory: Annotated[str, typer.Option(help="Budget of the manager under test.")] = "6GiB",
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Names the noise.")] = 0,
+    weights: Weights = None,
+    out: Annotated[Path, typer.Option(help="Folder for result.json and plot.png.")] = Path("runs/eval"),
+    json_file: Json = None,
+) -> None:
+    """Every format in closed loop against the unquantised cache and against truth, controls included.
+
+    24 worlds are meant for a GPU; on a CPU try --worlds 2 --given 12 --variant plain --memory 512MiB.
+    """
+    console = make_console()
+    with _errors():
+        module, files, demo_module = (_benchmark(name) for name in ("evaluation", "results_file", "demo"))
+        defaults = demo_module.DemoOptions(device=device, weights=weights)
+        options = module.EvalOptions(
+            weights=defaults.weights_path, device=defaults.torch_device.type, worlds=worlds, given=given, seed=seed,
+            steps=steps, span_frames=span_frames, num_centroids=centroids, memory=memory, only=tuple(only or ()),
+            **({"variants": tuple(variant)} if variant else {}),
+        )  # fmt: skip
+        results = module.run(options, lambda line: console.print(line, markup=False, soft_wrap=True))
+        config = {**vars(options), "weights": options.weights.name}
+        content = files.result(device=options.device, config=config, results=results)
+        for path in (out / "result.json", *([json_file] if json_file else [])):
+            files.write(path, content)
+        _benchmark("eval_plot").plot(content["results"], out / "plot.png")
+    print_evaluation(console, content["results"])
+    console.print(f"plot: {out / 'plot.png'}", soft_wrap=True)
+
+
+@app.command()
+def info(
+    heads: Annotated[int, typer.Option(min=1, help="KV heads.")] = 12,
+    head_dim: Annotated[int, typer.Option(help="64, 128 or 256.")] = 128,
+    tokens_per_frame: Annotated[int, typer.Option(min=1)] = 1560,
+    span_frames: Annotated[int, typer.Option(min=1, help="Frames quantised together.")] = 24,
+    json_file: Json = None,
+) -> None:
+    """What this machine offers, and what the formats cost at a geometry (Wan 1.3B at 480p unless told otherwise)."""
+    console = make_console()
+    with _errors():
+        spec = ModelSpec(
+            num_layers=1, num_kv_heads=heads, head_dim=head_dim, tokens_per_frame=tokens_per_frame, frames_per_chunk=1
+        )
+        found: dict[str, Any] = {
+            "machine": describe_machine(),
+            "paths": describe_paths(),
+            "formats": describe_formats(spec, span_frames),
+        }
+    console.print(table("Machine", ["", ""], [[key, str(value)] for key, value in found["machine"].items()], left=2))
+    console.print(table("Attention paths", ["path", "here"], [[*item] for item in found["paths"].items()], left=2))
+    title = f"Formats: spans of {span_frames} frames of {tokens_per_frame} tokens, {heads} heads of {head_dim}, BF16"
+    costs = [
+        [name, f"{cost['bits_per_element']:.3f}", f"{cost['ratio']:.2f}", f"{cost['codebook_share']:.1%}"]
+        for name, cost in found["formats"].items()
+    ]
+    console.print(table(title, ["format", "bits per element", "ratio to unquantised", "of it codebooks"], costs))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(found, indent=1) + "\n")
