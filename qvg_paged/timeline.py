@@ -86,15 +86,20 @@ class Timeline:
 
     def demand(self, committed: int, chunk_frames: int) -> Demand:
         """Pool objects in use while a chunk is open after `committed` frames, reservation included."""
-        kept = self.kept(committed)
+        sink = min(self.window.sink_frames, committed)
+        oldest = max(sink, committed - self.window.recent_frames - self.window.retrieval_frames)
+        kept = sink + committed - oldest
+        if self.span_frames is None:
+            return Demand(kept + chunk_frames)
         closed = self.closed_spans(committed)
         closing = self.closed_spans(committed + chunk_frames) - closed
-        if self.span_frames is None:
-            return Demand(len(kept) + chunk_frames)
-        spans = {(f - self.first_span) // self.span_frames for f in kept if f >= self.first_span}
-        live = {index for index in spans if index < closed}
-        quantised = sum(1 for f in kept if f >= self.first_span and (f - self.first_span) // self.span_frames < closed)
-        return Demand(len(kept) - quantised + chunk_frames, quantised + closing * self.span_frames, len(live) + closing)
+        first, span = self.first_span, self.span_frames
+        end = first + closed * span
+        sink_frames = range(first, min(sink, end))
+        newest_frames = range(max(oldest, first), min(committed, end))
+        live = len({(f - first) // span for r in (sink_frames, newest_frames) for f in (*r[::span], *r[-1:])})
+        quantised = len(sink_frames) + len(newest_frames)
+        return Demand(kept - quantised + chunk_frames, quantised + closing * span, live + closing)
 
     def worst_demand(self, chunk_frames: int, total_frames: int | None = None) -> Demand:
         """Most of each kind of pool object a stream of `total_frames` (None: endless) ever holds."""

@@ -1,6 +1,7 @@
 """The arithmetic of windows and spans against a stream told frame by frame."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -104,7 +105,7 @@ def test_the_worst_case_is_reached_and_no_larger_than_needed(timeline: Timeline,
 def test_a_longer_stream_never_needs_less() -> None:
     timeline = Timeline(Window(sink_frames=2, recent_frames=9, bf16_recent=2), 4)
     demands = [timeline.worst_demand(3, frames) for frames in range(1, 50)]
-    assert all(later.most(earlier) == later for earlier, later in zip(demands, demands[1:], strict=False))
+    assert all(later.most(earlier) == later for earlier, later in pairwise(demands))
     assert demands[-1] == timeline.worst_demand(3)
 
 

@@ -1,14 +1,17 @@
 """A store small enough to test quickly, and content that tells streams, frames and layers apart."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional
 
-from qvg_paged import FORMATS, CacheConfig, Chunk, KVCacheManager, ModelSpec, PageFormat, Stream, Window
+from qvg_paged import FORMATS, CacheConfig, Chunk, KVCacheManager, ModelSpec, PageFormat, ScaleRule, Stream, Window
 from qvg_paged.budget import Budget
+from qvg_paged.kernels.encode import encode_part
 
 TOKENS, HEADS, HEAD_DIM, LAYERS, SPAN = 8, 2, 64, 2, 4
-FAST: PageFormat = FORMATS["qvg4-int2"].with_codecs(iterations=1, num_centroids=2)
+FAST: PageFormat = FORMATS["qvg4-int2"].with_codecs(iterations=1, num_centroids=2, scale_rule=ScaleRule.ABSMAX)
 WINDOW = Window(sink_frames=1, recent_frames=8)
 
 
@@ -58,11 +61,42 @@ def grow(stream: Stream, frames: int, first_seed: int = 0, per_chunk: int = 3) -
     return seeds
 
 
-def page_bytes(cache: KVCacheManager, stream: Stream) -> dict[int, bytes]:
-    """Page and codebook bytes of every stored frame."""
-    pool = cache.store.pool
+def dense_bytes(model: ModelSpec, seed: int) -> bytes:
+    """What an unquantised page of that content must hold (its padding left out)."""
+    return content(model, seed).view(torch.uint8).numpy().tobytes()
+
+
+def span_bytes(cache: KVCacheManager, seeds: Sequence[int]) -> list[bytes]:
+    """What the quantised page of each frame of a span must hold, codebook appended: encoded apart from any pool."""
+    model, layout = cache.model, cache.layouts[-1]
+    frames = torch.stack([content(model, seed) for seed in seeds], 2)
+    book = len(seeds) * layout.page_nbytes
+    buffer = torch.zeros(book + layout.codebook_nbytes, dtype=torch.uint8)
+    for layer in range(model.num_layers):
+        k, v = frames[layer].flatten(1, 2)
+        for x, part, offset, inside in (
+            (k, layout.key, layout.key_offset(layer), layout.key_codebook_offset(layer)),
+            (v, layout.value, layout.value_offset(layer), layout.value_codebook_offset(layer)),
+        ):
+            pages = [index * layout.page_nbytes + offset for index in range(len(seeds))]
+            encode_part(x, part, buffer, pages, book + inside if part.codebook_planes else None)
+    codebook = buffer[book:].numpy().tobytes()
+    return [page.numpy().tobytes() + codebook for page in buffer[:book].view(len(seeds), -1)]
+
+
+def page_bytes(stream: Stream) -> dict[int, bytes]:
+    """Page and codebook bytes of every stored frame, padding after an unquantised page's last layer left out."""
+    pool, model = stream.manager.store.pool, stream.manager.model
     found = {}
     for frame, page in stream.pages.items():
-        parts = [pool.bytes_of(page.slot)] + ([pool.bytes_of(page.codebook.slot)] if page.codebook else [])
-        found[frame] = b"".join(part.numpy().tobytes() for part in parts)
+        if page.codebook:
+            found[frame] = b"".join(pool.bytes_of(slot).numpy().tobytes() for slot in (page.slot, page.codebook.slot))
+        else:
+            found[frame] = pool.bytes_of(page.slot)[: model.frame_nbytes].numpy().tobytes()
     return found
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Plain attention of ``[tokens, heads, head_dim]`` tensors."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)[0].transpose(0, 1)
