@@ -54,7 +54,7 @@ class StoreMachine(RuleBasedStateMachine):
     def start(self, fmt: str, dtype: torch.dtype) -> None:
         model = make_model(dtype=dtype)
         self.cache = make_cache(
-            pool=12 * model.frame_nbytes, model=model, format=FORMATS[fmt], span_frames=SPAN, free_fill=FreeFill.POISON
+            pool=10 * model.frame_nbytes, model=model, format=FORMATS[fmt], span_frames=SPAN, free_fill=FreeFill.POISON
         )
         self.streams = {}
         self.serial = 0
