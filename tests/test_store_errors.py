@@ -20,6 +20,7 @@ from qvg_paged import (
     QvgPagedError,
     StaleHandleError,
     StateError,
+    Stream,
     Window,
     inject_fault,
 )
@@ -28,7 +29,7 @@ from qvg_paged.fence import Fence
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Injected(Exception):
+class InjectedError(Exception):
     """Raised at a fault point."""
 
 
@@ -61,10 +62,10 @@ def test_a_fault_anywhere_leaves_what_was_committed_and_the_books_in_order(point
         for name in "ab":
             grow(cache.open(name, window=Window(recent_frames=5)), 6)
         before = books(cache)
-        with inject_fault(point, Injected(), skip=fired) as seen:
+        with inject_fault(point, InjectedError(), skip=fired) as seen:
             try:
                 step(cache)
-            except Injected:
+            except InjectedError:
                 pass
             else:
                 assert seen[0] <= fired
@@ -92,7 +93,7 @@ def test_a_fault_anywhere_leaves_what_was_committed_and_the_books_in_order(point
 
 
 def test_an_unknown_fault_point_lists_the_known_ones() -> None:
-    with pytest.raises(ArgumentError, match="pool.allocate, .*got 'x'"), inject_fault("x", Injected()):
+    with pytest.raises(ArgumentError, match=r"pool\.allocate, .*got 'x'"), inject_fault("x", InjectedError()):
         pass
 
 
@@ -137,8 +138,7 @@ def test_a_full_pool_is_an_ordinary_outcome_that_changes_nothing() -> None:
     cache = make_cache(pool=400 << 10)
     streams = [cache.open(f"s{i}", window=WINDOW) for i in range(20)]
     with pytest.raises(OutOfMemoryError) as caught:
-        for stream in streams:
-            stream.begin_chunk()
+        list(map(Stream.begin_chunk, streams))
     error = caught.value
     assert error.requested == 3 * cache.layouts[0].page_nbytes
     assert 0 <= error.available < error.requested
@@ -264,24 +264,24 @@ def test_an_event_sink_that_raises_does_not_damage_the_books() -> None:
 
     def sink(_: object) -> None:
         if armed[0]:
-            raise Injected
+            raise InjectedError
 
     cache = make_cache(on_event=sink)
     stream = cache.open("a", window=Window(recent_frames=5))
     grow(stream, 6)
     armed[0] = True
-    with pytest.raises(Injected):
+    with pytest.raises(InjectedError):
         stream.begin_chunk()
     assert stream.chunk is None
     armed[0] = False
     chunk = stream.begin_chunk()
     write(chunk, [6, 7, 8])
     armed[0] = True
-    with pytest.raises(Injected):
+    with pytest.raises(InjectedError):
         chunk.commit()
     assert stream.committed == 9
     cache.check_integrity()
-    with pytest.raises(Injected):
+    with pytest.raises(InjectedError):
         stream.close()
     assert cache.stats().used_nbytes == 0
     cache.check_integrity()
