@@ -55,7 +55,7 @@ def commit_chunk(manager: "KVCacheManager", chunk: Chunk) -> None:
 def _require_finite(manager: "KVCacheManager", chunk: Chunk) -> None:
     """One reduction over the scratch pages; a minimum or maximum is NaN if any value is."""
     layout, buffer = manager.layouts[DENSE_FORMAT], manager.store.pool.buffer
-    ends = []
+    ends: list[torch.Tensor] = []
     for page in chunk.reservation.scratch:
         start = page.id * GRANULE
         values = buffer[start : start + layout.num_layers * layout.layer_nbytes].view(manager.model.dtype)

@@ -1,4 +1,4 @@
-"""The smallest engine: two streams share one pool, admission keeps it from running out, random tensors are the model."""
+"""The smallest engine: streams share one pool, admission keeps it from running out, random tensors are the model."""
 
 import time
 
