@@ -16,7 +16,7 @@ from eval_rows import CONTROLS, FORMAT_ROWS, Row
 from torch import Tensor
 from world_model.evaluate import psnr, ssim
 from world_model.model import WorldModel, load_model
-from world_model.outliers import add_outliers
+from world_model.outliers import with_key_outliers
 from world_streams import Shot, generate, model_spec, return_shots
 
 from qvg_paged import AttentionPath, CacheConfig, KVCacheManager, ModelSpec, PageFormat, Timeline, Window
@@ -179,7 +179,7 @@ def run(options: EvalOptions, progress: Callable[[str], None] = print) -> dict[s
     for variant in options.variants:
         model = load_model(options.weights, options.device)
         if variant == "outliers":
-            add_outliers(model)
+            model.load_state_dict(with_key_outliers(model.state_dict(), model.config))
         shots = return_shots(
             options.worlds,
             given=options.given,
