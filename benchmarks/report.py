@@ -166,7 +166,8 @@ def _quality_plot(results: Mapping[str, Any], given: int) -> str:
         curve = row["psnr_curve"]
         frames = range(given + 1, given + 1 + len(curve))
         axes.plot(frames, curve, color=COLOURS[place % len(COLOURS)], label=row["stream"])
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
     return _plot(figure)
 
 

@@ -32,7 +32,7 @@ from qvg_paged import (
 
 __all__ = ["HistoryRead", "Shot", "WorldEngine", "WorldStream", "fit_memory", "generate", "model_spec", "return_shots"]
 
-MIB = 1 << 20
+STEP = 64 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,24 +122,28 @@ def model_spec(config: WorldModelConfig, *, dtype: torch.dtype = torch.bfloat16)
 
 
 def fit_memory(model: ModelSpec, config: CacheConfig, window: Window, *, frames: int, streams: int) -> CacheConfig:
-    """`config` with the least whole MiB of memory that hold `streams` streams of `frames` frames at their worst."""
+    """`config` with the least memory, in steps of 64 KiB, that holds `streams` streams of `frames` frames at their worst.
 
-    def enough(mib: int) -> bool:
+    Raises:
+        ConfigError: the streams are too many for any machine.
+    """
+
+    def enough(steps: int) -> bool:
         try:
-            return estimate(model, replace(config, memory=mib * MIB), window, frames).streams >= streams
+            return estimate(model, replace(config, memory=steps * STEP), window, frames).streams >= streams
         except ConfigError:
             return False
 
     high = 1
     while not enough(high):
         high *= 2
-        if high > 1 << 24:
+        if high * STEP > 1 << 44:
             raise ConfigError(f"streams: expected a number that fits 16 TiB, got {streams} streams of {frames} frames")
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
-    return replace(config, memory=high * MIB)
+    return replace(config, memory=high * STEP)
 
 
 @dataclass(frozen=True)
