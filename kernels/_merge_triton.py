@@ -23,7 +23,7 @@ def _merge_kernel(
         at = row + i * rows.to(tl.int64)
         part_lse = tl.load(partial_lse + at, mask=inside, other=float("-inf"))
         filled = part_lse != float("-inf")
-        part = tl.load(partials + at[:, None] * HEAD_DIM + channel, mask=filled[:, None], other=0.0)  # [BLOCK, HEAD_DIM]
+        part = tl.load(partials + at[:, None] * HEAD_DIM + channel, mask=filled[:, None], other=0.0)  # [BLOCK, dim]
         raised = tl.maximum(top, part_lse)
         reference = tl.where(raised == float("-inf"), 0.0, raised)
         keep, weight = tl.exp(top - reference), tl.exp(part_lse - reference)

@@ -86,7 +86,7 @@ def key_channels(HALF: tl.constexpr, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.con
         pair = tl.arange(0, middle)
         apart = pair + (HALF - 1) * middle
         natural = 2 * pair + (HALF - 1) if INTERLEAVED else apart
-        if SPLIT:
+        if SPLIT:  # noqa: SIM108 - nested conditional expressions are harder to read
             stored = apart if INTERLEAVED else natural // 2 + natural % 2 * middle
         else:
             stored = natural
@@ -163,6 +163,7 @@ def read_tile(
         tile = tl.load(base + at, mask=valid[:, None], other=0.0).to(tl.float32)
     else:
         book = book_id.to(tl.int64) * UNIT
+        stages: tl.constexpr = CODE.stages
         per_byte: tl.constexpr = 8 // CODE.bits
         before = first // TILE
         stride = (tl.minimum(tokens - before * TILE, TILE) + per_byte - 1) // per_byte
@@ -173,7 +174,7 @@ def read_tile(
         code = (packed >> (CODE.bits * (inside // stride))[:, None]) & ((1 << CODE.bits) - 1)
         scale = _read_scales(buffer, page + part.scales, head, token, valid, natural, tokens, CODE, HEAD_DIM)
         tile = (code * CODE.step + CODE.offset).to(tl.float32) * scale
-        for stage in tl.static_range(CODE.stages):
+        for stage in tl.static_range(stages):
             tile += _read_centroids(
                 buffer, page, book, head, token, valid, stored, tokens, heads, part, stage, CODE, HEAD_DIM
             )

@@ -62,7 +62,7 @@ def paged_attention(
         layouts: page layouts of the same model, at least one.
         layer: layer to read.
         cu_seqlens_q: ``batch + 1`` host integers; sequence b owns queries ``cu_seqlens_q[b]:cu_seqlens_q[b + 1]``.
-        softmax_scale: factor on the scores; ``head_dim ** -0.5`` if None.
+        softmax_scale: positive factor on the scores; ``head_dim ** -0.5`` if None.
         rope: rotate keys to ``table.positions`` when read; None if they were stored rotated.
         path: how pages are read.
         workspace: 1-D uint8 scratch on the pool's device for decoded keys or partial results; allocated if None.
@@ -81,6 +81,8 @@ def paged_attention(
     if q.stride(-1) != 1:
         q = q.contiguous()
     scale = layouts[0].key.head_dim ** -0.5 if softmax_scale is None else softmax_scale
+    if not 0 < scale < math.inf:
+        raise ArgumentError(f"softmax_scale: expected a positive number, got {scale}")
     path = _choose(path, q, table, layouts)
     if len(q) == 0:
         return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -199,7 +201,7 @@ def _direct_sequences(
     longest = max(cu_queries[b + 1] - cu_queries[b] for b in sequences) * group_size
     launches, splits = [], []
     for fmt in table.groups:
-        shape = launch_shape(layouts[fmt], q.dtype, longest)
+        shape = launch_shape(layouts[fmt], q.dtype, longest, rope is not None)
         blocks = query_blocks(table, cu_queries, sequences, group_size, shape.rows)
         launches.append((fmt, shape, blocks))
         splits.append(_wanted_splits(table, layouts[fmt], fmt, sequences, blocks.count * heads, shape.tokens))
@@ -210,7 +212,8 @@ def _direct_sequences(
         workspace = torch.empty(total * per_partial, dtype=torch.uint8, device=q.device)
     size = total * out.numel() * 4
     partials = workspace[:size].view(torch.float32).view(total, *out.shape)
-    partial_lse = workspace[align(size, GRANULE) :][: total * lse.numel() * 4].view(torch.float32).view(total, *lse.shape)
+    tail = workspace[align(size, GRANULE) :][: total * lse.numel() * 4]
+    partial_lse = tail.view(torch.float32).view(total, *lse.shape)
     done = 0
     for (fmt, shape, blocks), count in zip(launches, splits, strict=True):
         direct_attention(
@@ -268,8 +271,8 @@ def _check_queries(
         raise ArgumentError("q: expected a tensor that needs no gradient (inference only); detach it or use no_grad")
     if not 0 <= layer < layouts[0].num_layers:
         raise ArgumentError(f"layer: expected 0 to {layouts[0].num_layers - 1}, got {layer}")
-    steps = list(zip(cu_queries, cu_queries[1:], strict=False))
-    if len(cu_queries) != table.batch + 1 or cu_queries[0] or any(a > b for a, b in steps) or cu_queries[-1] != len(q):
+    ordered = sorted((0, *cu_queries, len(q))) == [0, *cu_queries, len(q)]
+    if len(cu_queries) != table.batch + 1 or cu_queries[0] or not ordered or cu_queries[-1] != len(q):
         raise ArgumentError(
             f"cu_seqlens_q: expected {table.batch + 1} non-decreasing integers from 0 to {len(q)}, got {cu_queries}"
         )

@@ -50,7 +50,9 @@ class QueryBlocks:
     first_row: int
 
 
-def query_blocks(table: BlockTable, cu_queries: tuple[int, ...], sequences: range, group: int, rows: int) -> QueryBlocks:
+def query_blocks(
+    table: BlockTable, cu_queries: tuple[int, ...], sequences: range, group: int, rows: int
+) -> QueryBlocks:
     """Blocks of `rows` rows over the queries of `sequences`, `group` rows a query."""
 
     def build() -> QueryBlocks:

@@ -27,7 +27,7 @@ def dense_attention(
         out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
     elif q.dtype is torch.float32:
         out, lse = ops._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, False, scale=scale)[:2]
-    elif rows >= CUDNN_QUERIES and q.shape[3] <= 128 and torch.backends.cudnn.is_available():
+    elif rows >= CUDNN_QUERIES and q.shape[3] <= 128 and torch.backends.cudnn.enabled:
         out, lse = ops._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)[:2]
     else:
         out, lse = ops._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
@@ -44,12 +44,13 @@ def fold_queries(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
     if heads == kv_heads:
         return q.transpose(1, 2)
     group = heads // kv_heads
-    return q.unflatten(2, (kv_heads, group)).transpose(1, 2).reshape(batch, kv_heads, tokens * group, dim)
+    return q.view(batch, tokens, kv_heads, group, dim).transpose(1, 2).reshape(batch, kv_heads, tokens * group, dim)
 
 
 def unfold_queries(x: torch.Tensor, tokens: int) -> torch.Tensor:
     """Undo `fold_queries` on ``[batch, kv_heads, tokens * group, ...]``: ``[batch, tokens, heads, ...]``."""
-    group = x.shape[2] // tokens
+    batch, heads, rows = x.shape[:3]
+    group = rows // tokens
     if group == 1:
         return x.transpose(1, 2)
-    return x.unflatten(2, (tokens, group)).transpose(1, 2).flatten(2, 3)
+    return x.reshape(batch, heads, tokens, group, *x.shape[3:]).transpose(1, 2).flatten(2, 3)

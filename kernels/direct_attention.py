@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from qvg_paged.kernels._page_tiles import key_channels, part_bytes, part_code, read_balance, read_tile
+from qvg_paged.kernels.attention_plan import QueryBlocks
 from qvg_paged.kernels.block_table import FormatGroup
 from qvg_paged.kernels.layout import PageLayout
-from qvg_paged.kernels.attention_plan import QueryBlocks
 from qvg_paged.kernels.rope import RoPELayout, RoPETables
 
 __all__ = ["LaunchShape", "direct_attention", "launch_shape"]
@@ -29,7 +29,9 @@ LN_2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
-def _load_queries(q, row_offset, live, stored, natural, buffer, book, head, part, CODE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _load_queries(
+    q, row_offset, live, stored, natural, buffer, book, head, part, CODE: tl.constexpr, HEAD_DIM: tl.constexpr
+):  # fmt: skip
     tile = tl.load(q + row_offset[:, None] + natural[None, :], mask=live[:, None], other=0.0)  # [M, channels]
     if CODE.balanced:
         factors = read_balance(buffer, book, head, stored, part, CODE, HEAD_DIM)
@@ -47,7 +49,7 @@ def _load_turns(frame, space, entry, token, valid, pair, frame_pairs, space_pair
 
 
 @triton.jit(do_not_specialize=["num_splits", "first_partial", "rows", "first_row"])
-def _direct_kernel(
+def _direct_kernel(  # noqa: PLR0915 - one loop whose state stays in registers
     partials, partial_lse,
     q, buffer, pages, codebooks, indptr, cu_queries, block_sequence, block_row,
     cos_frame, sin_frame, cos_space, sin_space,
@@ -92,9 +94,11 @@ def _direct_kernel(
         token = first + tl.arange(0, N)  # [N]
         valid = token < tokens
         page, book = tl.load(pages + entry), tl.load(codebooks + entry)
-        if KEY.balanced or VALUE.balanced:
+        if KEY.balanced or VALUE.balanced:  # noqa: SIM102 - known when compiling, unlike the inner condition
             if book != current:
-                query_a = _load_queries(q, row_offset, live, key_a, natural_a, buffer, book, head, key_part, KEY, HEAD_DIM)
+                query_a = _load_queries(
+                    q, row_offset, live, key_a, natural_a, buffer, book, head, key_part, KEY, HEAD_DIM
+                )
                 if ROTATE:
                     query_b = _load_queries(
                         q, row_offset, live, key_b, natural_b, buffer, book, head, key_part, KEY, HEAD_DIM
@@ -104,7 +108,9 @@ def _direct_kernel(
                 unit = fresh
                 current = book
 
-        a = read_tile(buffer, page, book, head, first, valid, key_a, natural_a, tokens, heads, key_part, KEY, HEAD_DIM, N)
+        a = read_tile(
+            buffer, page, book, head, first, valid, key_a, natural_a, tokens, heads, key_part, KEY, HEAD_DIM, N
+        )
         if ROTATE:
             b = read_tile(
                 buffer, page, book, head, first, valid, key_b, natural_b, tokens, heads, key_part, KEY, HEAD_DIM, N
@@ -117,12 +123,13 @@ def _direct_kernel(
             scores = tl.dot(query_b, tl.trans(turned_b), scores, input_precision="ieee")
         else:
             scores = tl.dot(query_a, tl.trans(a.to(query_a.dtype)), input_precision="ieee")  # [M, N]
-        scores = tl.where(valid[None, :], scores * scale_log2, float("-inf"))
+        scores = tl.where(valid[None, :], scores, float("-inf"))
 
         raised = tl.maximum(top, tl.max(scores, 1))
         reference = tl.where(raised == float("-inf"), 0.0, raised)
-        weights = tl.exp2(scores - reference[:, None])  # [M, N]
-        keep = tl.exp2(top - reference)
+        # Scaling differences, not scores, keeps the rounding of scale * log2(e) away from the largest weights.
+        weights = tl.exp2((scores - reference[:, None]) * scale_log2)  # [M, N]
+        keep = tl.exp2((top - reference) * scale_log2)
         total = total * keep + tl.sum(weights, 1)
         top = raised
         value = read_tile(
@@ -134,7 +141,7 @@ def _direct_kernel(
     total = tl.where(total == 0.0, 1.0, total)
     at = (first_partial + split).to(tl.int64) * rows + (query - first_row)
     at = at * (heads * group) + query_head
-    lse = tl.where(filled, (top + tl.log2(total)) * LN_2, float("-inf"))
+    lse = tl.where(filled, (top * scale_log2 + tl.log2(total)) * LN_2, float("-inf"))
     tl.store(partial_lse + at, lse, mask=live)
     acc = acc * (unit[None, :] / total[:, None])
     tl.store(partials + at[:, None] * HEAD_DIM + natural[None, :], acc, mask=filled[:, None])
@@ -150,17 +157,20 @@ class LaunchShape:
     num_stages: int
 
 
-def launch_shape(layout: PageLayout, dtype: torch.dtype, max_rows: int) -> LaunchShape:
-    """Tile sizes for blocks of at most `max_rows` query rows (queries times the heads that share a KV head)."""
+def launch_shape(layout: PageLayout, dtype: torch.dtype, max_rows: int, rotates: bool) -> LaunchShape:
+    """Tile sizes for blocks of at most `max_rows` query rows (queries times the heads that share a KV head).
+
+    Keys that are rotated on read need registers for two half tiles, cosines and sines: fewer tokens at a time.
+    """
     key, dim = layout.key, layout.key.head_dim
     wide = dtype is torch.float32
     most = 128 if dim <= 128 else 64
     rows = max(16, min(most if not wide else 32, 1 << (max_rows - 1).bit_length()))
     per_page = max(16, 1 << (key.tokens - 1).bit_length())
-    tokens = min(per_page, 32 if wide or dim > 128 else 64)
+    tokens = min(per_page, 32 if wide or dim > 128 or (rotates and dim > 64) else 64)
     # Two stages turn the gather of centroid rows into asynchronous copies and cost quantised pages a factor of four.
     stages = 2 if layout.format.is_dense and not wide else 1
-    return LaunchShape(rows, tokens, 8 if rows * dim >= 128 * 128 else 4, stages)
+    return LaunchShape(rows, tokens, 8 if rows * dim >= 64 * 128 else 4, stages)
 
 
 def direct_attention(

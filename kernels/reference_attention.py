@@ -46,9 +46,11 @@ def reference_attention(
         if rows.start == rows.stop or not table.entries(sequence):
             continue
         k, v = gather_history(buffer, table, layouts, layer, sequence, q.dtype, rope)
-        heads = [x.transpose(0, 1)[None] for x in (q[rows], k, v)]
+        queries, keys, values = (x.transpose(0, 1)[None] for x in (q[rows], k, v))
         grouped = q.shape[1] != k.shape[1]
-        attended = F.scaled_dot_product_attention(*heads, scale=softmax_scale, enable_gqa=grouped)
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, scale=softmax_scale, enable_gqa=grouped
+        )
         out[rows] = attended[0].transpose(0, 1)
         lse[rows] = _log_sum_exp(q[rows], k, softmax_scale)
     return out, lse
@@ -111,7 +113,7 @@ def _log_sum_exp(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor
     folded = fold_queries(q[None].float(), heads)[0]  # [heads, rows, head_dim]
     keys = k.float().permute(1, 2, 0)
     step = max(1, SCORE_ELEMENTS // (heads * keys.shape[2]))
-    pieces = [torch.logsumexp(torch.bmm(rows, keys) * scale, -1) for rows in folded.split(step, 1)]
+    pieces = [torch.logsumexp(torch.bmm(rows, keys) * scale, -1) for rows in torch.split(folded, step, 1)]
     return unfold_queries(torch.cat(pieces, 1)[None], len(q))[0]
 
 
@@ -143,7 +145,7 @@ def direct_attention_reference(
         target = slice(rows.start - queries.first_row, rows.stop - queries.first_row)
         begin, end = group.host_indptr[sequence : sequence + 2]
         for split in range(num_splits):
-            share = slice(begin + (end - begin) * split // num_splits, begin + (end - begin) * (split + 1) // num_splits)
+            share = slice(*(begin + (end - begin) * i // num_splits for i in (split, split + 1)))
             partial_lse[first_partial + split, target] = float("-inf")
             if share.start == share.stop:
                 continue

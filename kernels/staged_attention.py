@@ -105,7 +105,7 @@ class _Batch:
     ) -> None:
         self.size, self.slices = len(cohort.sequences), cohort.slices
         self.tokens = len(q) // self.size
-        self.folded = fold_queries(q.unflatten(0, (self.size, self.tokens)), layouts[0].key.heads)
+        self.folded = fold_queries(q.view(self.size, self.tokens, *q.shape[1:]), layouts[0].key.heads)
         self.buffer, self.layouts, self.layer, self.scale = buffer, layouts, layer, scale
         self.rope_layout = RoPELayout.INTERLEAVED if rope is None else rope.layout
         self.workspace = workspace
@@ -122,8 +122,8 @@ class _Batch:
             whole_lse = whole_lse.contiguous()
             for piece in self.slices[1:]:
                 merge_into(whole, whole_lse, *self._attend_slice(piece))
-        out.unflatten(0, (self.size, self.tokens)).copy_(unfold_queries(whole, self.tokens))
-        lse.unflatten(0, (self.size, self.tokens)).copy_(unfold_queries(whole_lse, self.tokens))
+        out.view(self.size, self.tokens, *out.shape[1:]).copy_(unfold_queries(whole, self.tokens))
+        lse.view(self.size, self.tokens, -1).copy_(unfold_queries(whole_lse, self.tokens))
 
     def _running(self, first: torch.Tensor) -> torch.Tensor:
         tail = self.workspace[self.workspace.numel() - first.numel() * 4 & -GRANULE :]
@@ -146,5 +146,5 @@ class _Batch:
                 layout.value_codebook_offset(self.layer), values[tokens],
             )  # fmt: skip
             begin = tokens.stop
-        keys, values = (x.unflatten(0, (self.size, -1)).transpose(1, 2) for x in (keys, values))
+        keys, values = (x.view(self.size, -1, *x.shape[1:]).transpose(1, 2) for x in (keys, values))
         return dense_attention(self.folded, keys, values, self.scale)

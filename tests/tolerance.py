@@ -21,15 +21,19 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: fl
     return F.scaled_dot_product_attention(*heads, scale=scale, enable_gqa=grouped)[0].transpose(0, 1)
 
 
-def assert_as_good(actual: torch.Tensor, exact: torch.Tensor, baseline: torch.Tensor) -> None:
+def assert_as_good(
+    actual: torch.Tensor, exact: torch.Tensor, baseline: torch.Tensor, exact_lse: torch.Tensor
+) -> None:
     """Maximum and RMS error of `actual` are at most twice those of `baseline`.
 
-    Two roundings of the largest output are always allowed: with one key the baseline may have no error at all.
+    Beyond that, two roundings of the largest output are allowed (with one key the baseline may have no error at all),
+    and what rounding a float32 log-sum-exp does to the weights of merged parts, which only shows in float32.
     """
     assert actual.dtype == baseline.dtype
     assert torch.isfinite(actual).all()
     error, allowed = (actual.double() - exact).abs(), (baseline.double() - exact).abs()
-    floor = torch.finfo(actual.dtype).eps * exact.abs().max()
+    merged = torch.finfo(torch.float32).eps * exact_lse.abs().max()
+    floor = (torch.finfo(actual.dtype).eps + merged) * exact.abs().max()
     assert error.max() <= 2 * allowed.max() + 2 * floor
     assert error.square().mean().sqrt() <= 2 * allowed.square().mean().sqrt() + floor / 2
 

@@ -1,0 +1,72 @@
+"""Compiles the direct kernel and the merges for sm_90, which needs ptxas but no GPU; prints a row per variant as JSON.
+
+Exit status 77: there is no compiler here. Run by the tests in a process without Triton's interpreter.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from qvg_paged.kernels import direct_attention
+from qvg_paged.kernels._page_tiles import PartBytes, part_code
+from qvg_paged.kernels.formats import FORMATS
+from qvg_paged.kernels.layout import PageLayout
+
+POINTERS = {
+    "partials": "*fp32", "partial_lse": "*fp32", "q": "*bf16", "buffer": "*u8", "pages": "*i32", "codebooks": "*i32",
+    "indptr": "*i32", "cu_queries": "*i32", "block_sequence": "*i32", "block_row": "*i32", "cos_frame": "*fp32",
+    "sin_frame": "*fp32", "cos_space": "*fp32", "sin_space": "*fp32",
+}  # fmt: skip
+VARIANTS = [(64, "qvg4-int2", True), (128, "qvg4-int2", False), (256, "qvg-pro-int2", False), (128, "dense", True)]
+ALIGNED = [["tt.divisibility", 16]]
+
+
+def compile_variant(head_dim: int, name: str, rotates: bool) -> dict[str, Any]:
+    import triton  # noqa: PLC0415
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+    from triton.compiler import ASTSource  # noqa: PLC0415
+
+    layout = PageLayout.build(
+        FORMATS[name], num_layers=1, tokens=1560, heads=4, head_dim=head_dim, dtype=torch.bfloat16,
+        span_tokens=4680, split_pairs=rotates,
+    )  # fmt: skip
+    shape = direct_attention.launch_shape(layout, torch.bfloat16, 64, rotates)
+    constants: dict[str, Any] = {
+        "KEY": part_code(layout.key), "VALUE": part_code(layout.value), "HEAD_DIM": head_dim, "ROTATE": rotates,
+        "INTERLEAVED": True, "M": shape.rows, "N": shape.tokens,
+    }  # fmt: skip
+    if not rotates:
+        constants |= dict.fromkeys(("cos_frame", "sin_frame", "cos_space", "sin_space"))
+    kernel = direct_attention._direct_kernel
+    types: dict[str, Any] = {**POINTERS, "scale_log2": "fp32"}
+    types |= {part: PartBytes(*["i32"] * len(PartBytes._fields)) for part in ("key_part", "value_part")}
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {arg: types.get(arg, "i32") for arg in kernel.arg_names}
+    places = {arg: i for i, arg in enumerate(kernel.arg_names)}
+    attributes = {(places[arg],): ALIGNED for arg in (*POINTERS, "q_stride", "q_head_stride") if arg not in constants}
+    attributes |= {(places[part], i): ALIGNED for part in ("key_part", "value_part") for i in range(6)}
+    source = ASTSource(
+        kernel, signature=signature, constexprs={(places[k],): v for k, v in constants.items()}, attrs=attributes
+    )
+    target = GPUTarget("cuda", 90, 32)
+    done = triton.compile(
+        source, target=target, options={"num_warps": shape.num_warps, "num_stages": shape.num_stages}
+    )
+    return {"head_dim": head_dim, "format": name, "rotates": rotates, "shared": done.metadata.shared}
+
+
+def main() -> None:
+    try:
+        from triton import knobs  # noqa: PLC0415
+
+        assert knobs.nvidia.ptxas.path
+    except Exception as error:
+        print(f"no compiler for sm_90: {error}")  # noqa: T201
+        sys.exit(77)
+    print(json.dumps([compile_variant(*variant) for variant in VARIANTS]))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

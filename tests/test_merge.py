@@ -1,0 +1,77 @@
+import pytest
+import torch
+from tolerance import exact_attention
+
+from qvg_paged.kernels.backend import Backend
+from qvg_paged.kernels.merge import merge_into, merge_into_reference, merge_partials
+
+BACKENDS = [Backend.TORCH, Backend.TRITON]
+EMPTY = float("-inf")
+
+
+def partials(count: int, rows: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(count, rows, 3, dim), torch.randn(count, rows, 3) * 5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_merging_parts_of_the_keys_gives_attention_to_all_of_them(backend: Backend) -> None:
+    q, k, v = torch.randn(9, 3, 64), torch.randn(50, 3, 64), torch.randn(50, 3, 64)
+    pieces = [exact_attention(q, k[a:b], v[a:b], 0.3) for a, b in ((0, 1), (1, 33), (33, 50))]
+    out, lse = torch.empty(9, 3, 64), torch.empty(9, 3)
+    stacked = (torch.stack([piece[i] for piece in pieces]).float() for i in range(2))
+    merge_partials(*stacked, out, lse, backend=backend)
+    exact, exact_lse = exact_attention(q, k, v, 0.3)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_part_without_keys_is_never_read(backend: Backend) -> None:
+    parts, lses = partials(4, 5, 64)
+    empty = torch.rand(4, 5, 3) < 0.5
+    empty[:, 0] = True
+    lses[empty] = EMPTY
+    clean_out, clean_lse, out, lse = (torch.empty(shape) for shape in ((5, 3, 64), (5, 3)) * 2)
+    merge_partials(parts.masked_fill(empty[..., None], 0.0), lses, clean_out, clean_lse, backend=backend)
+    merge_partials(parts.masked_fill(empty[..., None], float("nan")), lses, out, lse, backend=backend)
+    assert torch.equal(out, clean_out)
+    assert torch.equal(lse, clean_lse)
+    assert (out[0] == 0).all()
+    assert (lse[0] == EMPTY).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_merging_is_associative_up_to_rounding(backend: Backend) -> None:
+    parts, lses = partials(5, 6, 128)
+    lses[2, :3] = EMPTY
+    out, lse = torch.empty(6, 3, 128), torch.empty(6, 3)
+    merge_partials(parts, lses, out, lse, backend=backend)
+    pair_out, pair_lse = torch.empty(2, 6, 3, 128), torch.empty(2, 6, 3)
+    for i, some in enumerate((slice(0, 3), slice(3, 5))):
+        merge_partials(parts[some], lses[some], pair_out[i], pair_lse[i], backend=backend)
+    again, again_lse = torch.empty_like(out), torch.empty_like(lse)
+    merge_partials(pair_out, pair_lse, again, again_lse, backend=backend)
+    torch.testing.assert_close(again, out, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(again_lse, lse)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_merging_one_by_one_in_place_equals_merging_at_once(backend: Backend) -> None:
+    parts, lses = torch.randn(4, 2, 3, 7, 64), torch.randn(4, 2, 3, 7) * 5
+    lses[1, 0] = lses[0, 0, 0] = lses[1, 0, 0] = EMPTY
+    out, lse = parts[0].clone(), lses[0].clone()
+    out[lse == EMPTY] = float("nan")
+    for part, part_lse in zip(parts[1:], lses[1:], strict=True):
+        strided = part.transpose(1, 2).contiguous().transpose(1, 2)
+        merge_into(out, lse, strided, part_lse, backend=backend)
+    whole, whole_lse = torch.empty(2, 3, 7, 64), torch.empty(2, 3, 7)
+    merge_partials(parts, lses, whole, whole_lse, backend=backend)
+    torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, whole_lse)
+
+
+def test_merging_two_empty_results_stays_empty() -> None:
+    out, lse = torch.full((1, 1, 2, 64), float("nan")), torch.full((1, 1, 2), EMPTY)
+    merge_into_reference(out, lse, out.clone(), lse.clone())
+    assert (out == 0).all()
+    assert (lse == EMPTY).all()
