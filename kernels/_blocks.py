@@ -21,7 +21,7 @@ PRODUCT_BITS = 18
 
 
 def quantise_blocks(blocks: torch.Tensor, codec: Codec) -> tuple[torch.Tensor, torch.Tensor]:
-    """FP8 scale bytes ``[...]`` and codes ``[..., block_size]``, both uint8, of float32 `blocks` ``[..., block_size]``."""
+    """FP8 scale bytes ``[...]`` and codes like `blocks` ``[..., block_size]`` (float32), both uint8."""
     grid = codec.grid
     table = fp8_values(blocks.device)
     absmax = blocks.abs().amax(-1)

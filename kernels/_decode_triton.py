@@ -172,9 +172,9 @@ def decode_pages(
     raw = buffer[: buffer.numel() // 4 * 4]
     # Without a rotation any pairing will do; the one the part is stored in reads and writes contiguous halves.
     interleaved = layout.split_pairs if rope is None else rope_layout is RoPELayout.INTERLEAVED
-    tables = (out,) * 4 if rope is None else (rope.cos_frame, rope.sin_frame, rope.cos_space, rope.sin_space)
+    given = (out,) * 4 if rope is None else (rope.cos_frame, rope.sin_frame, rope.cos_space, rope.sin_space)
     pairs = (0, 0) if rope is None else (rope.cos_frame.shape[1], rope.cos_space.shape[1])
-    tables = tuple(table.contiguous() if rope is not None else table for table in tables)
+    tables = [table if rope is None else table.contiguous() for table in given]
     if codec.is_dense:
         blocks = triton.cdiv(layout.tokens, 32)
         _dense_kernel[(blocks * len(pages), heads)](

@@ -13,8 +13,8 @@ import triton.language as tl
 
 from qvg_paged.kernels._blocks import ERROR_BITS, PRODUCT_BITS, SEARCH_STEPS
 from qvg_paged.kernels._kmeans_triton import check_power_of_two
-from qvg_paged.kernels.formats import Grid, ScaleRule
-from qvg_paged.kernels.layout import PLANE_ALIGNMENT, TILE_TOKENS, PartLayout, code_rows
+from qvg_paged.kernels.formats import ScaleRule
+from qvg_paged.kernels.layout import TILE_TOKENS, PartLayout, code_rows
 
 __all__ = ["quantise_pack"]
 
@@ -135,7 +135,7 @@ def _pack_kernel(
     block = tl.arange(0, D // B)
     plane_head = head + first_head
     packed = tl.zeros((R, D), tl.int32)
-    for place in tl.static_range(8 // BITS):
+    for place in range(8 // BITS):
         inside = (row < stride) & (row + place * stride < size)
         token = tile * TILE + row + place * stride
         source = (head * span_tokens + frame * tokens + token).to(tl.int64)
@@ -178,7 +178,6 @@ def quantise_pack(
     rows = code_rows(layout.tokens, grid.bits)
     block = 16 if dim <= 128 else 8
     offsets = torch.tensor(part_offsets, dtype=torch.int64).to(buffer.device, non_blocking=True)
-    assert PLANE_ALIGNMENT <= 16
     _pack_kernel[(triton.cdiv(rows, block), len(part_offsets), heads)](
         buffer, offsets, residual, residual if ids is None else ids.contiguous(),
         float((1.0 / torch.tensor(float(grid.max_level))).item()),

@@ -92,7 +92,8 @@ def _check(
     for name, units in (("pages", pages), ("codebooks", codebooks)):
         if units.dtype is not torch.int32 or units.ndim != 1 or units.device != buffer.device:
             raise ArgumentError(
-                f"{name}: expected 1-D int32 on {buffer.device}, got {units.dtype} {tuple(units.shape)} on {units.device}"
+                f"{name}: expected 1-D int32 on {buffer.device}, "
+                f"got {units.dtype} {tuple(units.shape)} on {units.device}"
             )
     if len(codebooks) != len(pages):
         raise ArgumentError(f"codebooks: expected one id per page ({len(pages)}), got {len(codebooks)}")
@@ -104,7 +105,7 @@ def _check(
         raise ArgumentError(f"out: expected shape {shape} on {buffer.device}, got {tuple(out.shape)} on {out.device}")
     if out.dtype not in OUT_DTYPES or out.stride(-1) != 1:
         raise ArgumentError(
-            f"out: expected bfloat16, float16 or float32 with a contiguous last dimension, got {out.dtype} {out.stride()}"
+            f"out: expected {OUT_DTYPES} with a contiguous last dimension, got {out.dtype} with strides {out.stride()}"
         )
 
 

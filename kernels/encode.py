@@ -81,14 +81,13 @@ def encode_workspace_nbytes(layout: PartLayout, span_tokens: int) -> int:
     heads = _group_heads(layout, span_tokens)
     piece = min(span_tokens, reference.slice_tokens(heads)) * heads
     book = layout.num_centroids * heads
-    frames_at_once = max(tokens * dim * heads, reference.BATCH_ELEMENTS)
-    quantise = min(heads * span_tokens * dim, frames_at_once if heads == 1 else max(tokens * dim, reference.BATCH_ELEMENTS))
+    quantise = min(heads * span_tokens, max(tokens, reference.BATCH_ELEMENTS // dim))
     parts = -(-span_tokens // SUM_TOKENS)
     steps = [
         piece * dim * 3 * 8 if codec.balanced else 0,
         book * dim * 4 + piece * (dim * 8 + layout.num_centroids * 8 + 16),
         piece * (dim * 16 + 16),
-        quantise * 40,
+        quantise * dim * 40,
         parts * book * (dim + 1) * 4,
     ]
     held = heads * span_tokens * (dim * layout.dtype.itemsize + codec.stages) + book * dim * 32 + heads * dim * 32
@@ -246,9 +245,7 @@ def _check_offset(name: str, offset: int, nbytes: int, limit: int) -> None:
         )
 
 
-def _check_given(
-    x: torch.Tensor, layout: PartLayout, initial: torch.Tensor | None, ids: torch.Tensor | None
-) -> None:
+def _check_given(x: torch.Tensor, layout: PartLayout, initial: torch.Tensor | None, ids: torch.Tensor | None) -> None:
     stages = 0 if layout.codec.is_dense else layout.codec.stages
     if initial is not None:
         shape = (stages, layout.heads, layout.num_centroids, layout.head_dim)
@@ -261,6 +258,8 @@ def _check_given(
         return
     if initial is None:
         raise ArgumentError("ids: expected together with initial_centroids, got ids alone")
-    shape = (stages, layout.heads, len(x))
-    if tuple(ids.shape) != shape or ids.dtype is not torch.uint8 or ids.device != x.device:
-        raise ArgumentError(f"ids: expected uint8 {shape} on {x.device}, got {ids.dtype} {tuple(ids.shape)} on {ids.device}")
+    wanted = (stages, layout.heads, len(x))
+    if tuple(ids.shape) != wanted or ids.dtype is not torch.uint8 or ids.device != x.device:
+        raise ArgumentError(
+            f"ids: expected uint8 {wanted} on {x.device}, got {ids.dtype} {tuple(ids.shape)} on {ids.device}"
+        )

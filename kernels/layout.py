@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+
 from qvg_paged.kernels.errors import ArgumentError
 from qvg_paged.kernels.formats import MAX_CENTROIDS, CentroidType, Codec, PageFormat
 from qvg_paged.kernels.rope import RoPELayout

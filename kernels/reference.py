@@ -17,7 +17,9 @@ __all__ = ["assign_centroids", "centroid_sums", "decode_pages", "quantise_pack"]
 SLICE_TOKENS = 4096
 """Tokens times heads that are worked on at once."""
 BATCH_ELEMENTS = 1 << 17
-"""Values quantised or decoded at once: temporaries stay in the cache."""
+"""Values quantised at once: bounds the encoder's workspace."""
+DECODE_ELEMENTS = 1 << 20
+"""Values decoded at once."""
 
 
 def slice_tokens(heads: int) -> int:
@@ -103,7 +105,7 @@ def _pack_frames(
     part_offsets: Sequence[int],
     first_head: int,
 ) -> None:
-    codec, tokens, dim = layout.codec, layout.tokens, layout.head_dim
+    codec, tokens = layout.codec, layout.tokens
     planes = {plane.name: plane for plane in layout.planes}
     owned = slice(first_head, first_head + len(residual))
     blocks = residual.float().unflatten(1, (-1, tokens)).unflatten(-1, (-1, codec.block_size))
@@ -143,7 +145,7 @@ def decode_pages(
     if layout.codebook_planes:
         codebooks, slots = torch.unique(codebooks, return_inverse=True)
         books = _read_codebooks(buffer, codebooks, layout, codebook_part_offset)
-    batch = max(1, BATCH_ELEMENTS // (tokens * heads * dim))
+    batch = max(1, DECODE_ELEMENTS // (tokens * heads * dim))
     target = out.view(-1, tokens, heads, dim)
     for begin in range(0, len(pages), batch):
         some = slice(begin, begin + batch)
@@ -168,7 +170,7 @@ def _gather(buffer: torch.Tensor, plane: Plane, part_offset: int, units: torch.T
 def _read_codebooks(
     buffer: torch.Tensor, codebooks: torch.Tensor, layout: PartLayout, offset: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Centroids ``[books, stages, heads, num_centroids, head_dim]`` and balance ``[books, heads, head_dim]``, float32."""
+    """Float32 centroids ``[books, stages, heads, centroids, head_dim]`` and balance ``[books, heads, head_dim]``."""
     centroids = balance = None
     if layout.codec.stages:
         centroids = _gather(buffer, layout.plane("centroids"), offset, codebooks).float()

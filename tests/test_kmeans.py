@@ -1,0 +1,138 @@
+"""K-means of the smoothing stages: seeds, assignment, sums, rounding."""
+
+import pytest
+import torch
+
+from qvg_paged.kernels import reference
+from qvg_paged.kernels.formats import CentroidType
+from qvg_paged.kernels.kmeans import fit, launchers, round_centroids, seed_rows
+
+BACKENDS = [False, True]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def clustered(heads: int, tokens: int, dim: int, clusters: int, noise: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens around well separated centres ``[heads, clusters, dim]`` (powers of two: exact in bfloat16)."""
+    centres = 4.0 * torch.randint(-2, 3, (heads, clusters, dim)).float()
+    label = torch.arange(tokens) % clusters
+    return centres[:, label] + noise * torch.randn(heads, tokens, dim), centres
+
+
+def distortion(x: torch.Tensor, centroids: torch.Tensor, ids: torch.Tensor) -> float:
+    rows = centroids.float().gather(1, ids.long()[..., None].expand(-1, -1, x.shape[-1]))
+    return float((x.float() - rows).square().mean())
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(100, 7), (7, 7), (4096, 256), (513, 100)])
+def test_seeds_are_distinct_tokens_spread_over_the_span(tokens: int, count: int) -> None:
+    rows = seed_rows(tokens, 3, count, seed=5)
+    for head in rows.tolist():
+        assert len(set(head)) == count
+        assert head == sorted(head)
+    assert int(rows.min()) >= 0
+    assert int(rows.max()) < tokens
+    assert torch.equal(rows, seed_rows(tokens, 3, count, seed=5))
+    assert count == tokens or not torch.equal(rows, seed_rows(tokens, 3, count, seed=6))
+
+
+def test_more_centroids_than_tokens_repeat_tokens() -> None:
+    rows = seed_rows(5, 2, 16, seed=0)
+    assert set(rows.flatten().tolist()) == set(range(5))
+
+
+def test_seeding_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    seed_rows(100, 2, 8, seed=0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("triton", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tokens_go_to_the_nearest_centroid(triton: bool, dtype: torch.dtype) -> None:
+    x, centres = clustered(2, 150, 32, 20)
+    ids = torch.empty(2, 150, dtype=torch.uint8)
+    launchers(triton).assign_centroids(x.to(dtype), centres.bfloat16(), ids)
+    assert torch.equal(ids, torch.cdist(x.double(), centres.double()).argmin(-1).to(torch.uint8))
+
+
+@pytest.mark.parametrize("triton", BACKENDS)
+def test_among_equal_centroids_the_first_is_taken(triton: bool) -> None:
+    x = torch.randint(-4, 5, (1, 40, 16)).float()  # small integers: scores are exact
+    centroids = torch.randint(-4, 5, (1, 5, 16)).bfloat16().repeat(1, 30, 1)
+    ids = torch.empty(1, 40, dtype=torch.uint8)
+    launchers(triton).assign_centroids(x, centroids, ids)
+    assert int(ids.max()) < 5
+
+
+@pytest.mark.parametrize("triton", BACKENDS)
+@pytest.mark.parametrize("tokens", [1, 70, 2100])
+def test_sums_and_counts_are_those_of_the_members(triton: bool, tokens: int) -> None:
+    if triton and tokens > 100:
+        tokens = 2080  # two runs of the kernel
+    x = torch.randn(2, tokens, 16)
+    ids = torch.randint(0, 3, (2, tokens)).to(torch.uint8)
+    sums, counts = torch.empty(2, 5, 16), torch.empty(2, 5)
+    launchers(triton).centroid_sums(x, ids, sums, counts)
+    for head in range(2):
+        expected = torch.zeros(5, 16).double().index_add_(0, ids[head].long(), x[head].double())
+        torch.testing.assert_close(sums[head].double(), expected, rtol=0, atol=1e-6 * tokens)
+        assert torch.equal(counts[head], torch.bincount(ids[head].long(), minlength=5).float())
+
+
+def test_iterations_lower_the_distortion_and_find_separated_clusters() -> None:
+    x, _ = clustered(2, 400, 32, 4)
+    ids = torch.empty(2, 400, dtype=torch.uint8)
+    start = x[:, :6]
+    errors = []
+    for iterations in range(4):
+        found = fit(x, start, ids, iterations=iterations, kind=CentroidType.BF16, triton=False)
+        errors.append(distortion(x, found.values, ids))
+    assert errors[1] < errors[0]
+    assert errors[3] <= errors[1] * 1.001
+    assert errors[3] < 0.02
+
+
+def test_a_centroid_without_tokens_keeps_its_place() -> None:
+    x = torch.randn(1, 50, 16)
+    start = torch.cat([x[:, :3], torch.full((1, 1, 16), 100.0)], 1)
+    ids = torch.empty(1, 50, dtype=torch.uint8)
+    found = fit(x, start, ids, iterations=3, kind=CentroidType.BF16, triton=False)
+    assert torch.equal(found.values[0, 3], torch.full((16,), 100.0).bfloat16())
+    assert int(ids.max()) == 2
+
+
+def test_final_ids_are_nearest_to_the_rounded_centroids() -> None:
+    x = torch.randn(2, 300, 16)
+    ids, again = torch.empty(2, 300, dtype=torch.uint8), torch.empty(2, 300, dtype=torch.uint8)
+    found = fit(x, x[:, :16], ids, iterations=2, kind=CentroidType.FP8, triton=False)
+    reference.assign_centroids(x, found.values, again)
+    assert torch.equal(ids, again)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-6, 1.0, 1440.0, 3e4])
+def test_fp8_centroids_are_in_range_and_rounding_twice_changes_nothing(size: float) -> None:
+    x = torch.randn(2, 8, 16).clamp(-1, 1) * size
+    found = round_centroids(x, CentroidType.FP8)
+    assert found.scales is not None
+    wide = found.stored.float() * found.scales[:, None, None]
+    assert torch.equal(wide, found.values.float())
+    assert float((wide - x).abs().max()) <= max(size, 1e-9) * 2**-4
+    again = round_centroids(found.values.float(), CentroidType.FP8)
+    assert torch.equal(again.values, found.values)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_k_means_on_a_gpu_repeats_itself_and_is_as_good_as_on_the_cpu(dtype: torch.dtype) -> None:
+    x = (torch.randn(3, 5000, 128) + 3 * torch.randn(3, 40, 128)[:, torch.arange(5000) % 40]).to(dtype)
+    results = []
+    for device, triton in (("cuda", True), ("cuda", True), ("cpu", False)):
+        y = x.to(device)
+        ids = torch.empty(3, 5000, dtype=torch.uint8, device=device)
+        start = y.gather(1, seed_rows(5000, 3, 100, 1).to(device)[..., None].expand(-1, -1, 128)).float()
+        found = fit(y, start, ids, iterations=5, kind=CentroidType.BF16, triton=triton)
+        results.append((found.values.cpu(), ids.cpu()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    errors = [distortion(x, *result) for result in results]
+    assert errors[0] == pytest.approx(errors[2], rel=0.01)
