@@ -1,7 +1,6 @@
 """The benchmark model: its renderer shows rooms, its cache changes nothing, and its trainer runs."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,12 +11,13 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 if str(BENCHMARKS) not in sys.path:
     sys.path.append(str(BENCHMARKS))
 
+from world_model import train  # noqa: E402
 from world_model.evaluate import copy_last_frame, psnr, return_paths, ssim  # noqa: E402
 from world_model.model import ROPE_PAIRS, WorldModel, WorldModelConfig  # noqa: E402
 from world_model.muon import orthogonalize  # noqa: E402
 from world_model.objective import causal_mask, predict_after_history, run_block, training_mask  # noqa: E402
 from world_model.outliers import with_key_outliers  # noqa: E402
-from world_model.sampling import DenseCache, denoise, generate, noise_levels  # noqa: E402
+from world_model.sampling import DenseCache, generate  # noqa: E402
 from world_model.weights import join_parts, split_parts  # noqa: E402
 from world_model.world import RETURN_PATHS, RoomVideos, camera_paths, make_worlds, render  # noqa: E402
 
@@ -90,7 +90,8 @@ def test_rows_at_different_frame_positions_equal_each_row_alone(model: WorldMode
     alone = torch.cat([second_frame(slice(i, i + 1), int(starts[i])) for i in range(2)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5 * alone.abs().max().item())
     moved = second_frame(slice(0, 2), starts + torch.tensor([0, 40]))
-    torch.testing.assert_close(moved, together, rtol=1e-3, atol=1e-3)  # RoPE is relative: a common shift changes nothing
+    # RoPE is relative: a shift common to a row's frames changes nothing
+    torch.testing.assert_close(moved, together, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
@@ -142,7 +143,7 @@ def test_rooms_are_textured_lit_and_repeatable() -> None:
         frames.append(render(worlds, camera_paths(worlds, 6, generator)))
     assert torch.equal(frames[0], frames[1])
     assert frames[0].shape == (4, 6, 3, 64, 64)
-    assert -1 <= frames[0].min() and frames[0].max() <= 1
+    assert frames[0].abs().max() <= 1
     assert 0.3 < frames[0].std() < 0.7
     assert frames[0][:, 0].flatten(1).std(0).mean() > 0.2  # rooms differ from each other
 
@@ -153,7 +154,7 @@ def test_out_and_back_paths_show_every_frame_again() -> None:
     assert torch.equal(paths.frames, paths.frames.flip(1))
     step = (paths.poses[:, 1:5, :2] - paths.poses[:, :4, :2]).norm(dim=-1)
     assert ((step < 1e-4) | ((step - 0.22).abs() < 1e-4)).all()
-    assert copy_last_frame(paths).psnr_first > 100  # the first frame back is the last one out
+    assert copy_last_frame(paths).psnr_first > 86  # the first frame back is the last one out
 
 
 def test_cameras_keep_out_of_walls() -> None:
@@ -182,7 +183,8 @@ def test_similarity_measures_have_their_known_values() -> None:
 
 def test_orthogonalised_updates_have_singular_values_near_one() -> None:
     values = torch.linalg.svdvals(orthogonalize(torch.randn(3, 24, 64)).float())
-    assert 0.5 < values.min() and values.max() < 1.5
+    assert values.min() > 0.5
+    assert values.max() < 1.5
 
 
 def test_a_file_cut_into_parts_is_put_together_again(tmp_path: Path) -> None:
@@ -194,13 +196,29 @@ def test_a_file_cut_into_parts_is_put_together_again(tmp_path: Path) -> None:
     assert (tmp_path / "joined" / "weights.bin").read_bytes() == whole.read_bytes()
 
 
-def test_training_runs_saves_and_resumes(tmp_path: Path) -> None:
-    script = [sys.executable, str(BENCHMARKS / "world_model" / "train.py"), "--preset", "tiny", "--device", "cpu"]
-    script += ["--max-steps", "2", "--seconds", "600", "--checkpoint", str(tmp_path / "state.pt")]
-    script += ["--own-share", "1", "--export", str(tmp_path / "w.safetensors"), "--json", str(tmp_path / "log.json")]
-    subprocess.run(script, check=True, capture_output=True, timeout=120)
-    subprocess.run([*script, "--resume"], check=True, capture_output=True, timeout=120)
+def test_training_runs_saves_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["train.py", "--preset", "tiny", "--device", "cpu", "--max-steps", "2", "--seconds", "600"]
+    arguments += ["--own-share", "1", "--checkpoint", str(tmp_path / "state.pt"), "--json", str(tmp_path / "log.json")]
+    arguments += ["--export", str(tmp_path / "w.safetensors")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    train.main()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--resume"])
+    train.main()
     log = json.loads((tmp_path / "log.json").read_text())["log"]
     assert [entry["step"] for entry in log] == [3, 4]
     assert all(0 < entry["loss"] < 100 for entry in log)
     assert (tmp_path / "w.safetensors").stat().st_size > 10**6
+
+
+def test_a_resumed_run_continues_the_one_that_stopped(tmp_path: Path) -> None:
+    def steps(trainer: train.Trainer, count: int) -> list[float]:
+        clips = [(torch.rand(2, 4, 3, 32, 32), torch.rand(2, 4, 3)) for _ in range(count)]
+        mask = training_mask(4, train.TINY.model.tokens_per_frame, "cpu")
+        return [trainer.step(*clip, mask, 1.0, 1.0).item() for clip in clips]
+
+    first, second = (train.Trainer(train.TINY, torch.device("cpu"), 0, compiled=False) for _ in range(2))
+    steps(first, 2)
+    torch.save(first.state(), tmp_path / "state.pt")
+    expected = steps(first, 2)
+    second.restore(tmp_path / "state.pt")
+    assert steps(second, 2) == pytest.approx(expected, rel=1e-4)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -66,7 +66,7 @@ def return_paths(
 def psnr(video: Tensor, truth: Tensor) -> Tensor:
     """Peak signal-to-noise ratio per frame, decibels, of ``[..., 3, height, width]`` frames in [-1, 1]."""
     error = (video.float() - truth.float()).pow(2).mean((-1, -2, -3))
-    return 10 * torch.log10(4 / error.clamp_min(1e-10))
+    return 10 * torch.log10(4 / error.clamp_min(1e-8))
 
 
 def ssim(video: Tensor, truth: Tensor) -> Tensor:
@@ -75,12 +75,13 @@ def ssim(video: Tensor, truth: Tensor) -> Tensor:
     offset = torch.arange(11, device=x.device) - 5.0
     bell = torch.exp(-offset.pow(2) / (2 * 1.5**2))
     kernel = torch.outer(bell, bell).div(bell.sum() ** 2).expand(3, 1, 11, 11)
-    blurred = F.conv2d(torch.cat([x, y, x * x, y * y, x * y]), kernel, groups=3)
+    blurred = functional.conv2d(torch.cat([x, y, x * x, y * y, x * y]), kernel, groups=3)
     mean_x, mean_y, xx, yy, xy = blurred.chunk(5)
     c1, c2 = 0.01**2, 0.03**2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * (xy - mean_x * mean_y) + c2) / (xx - mean_x**2 + yy - mean_y**2 + c2)
-    return (luminance * structure).mean((-1, -2, -3)).view(video.shape[:-3])
+    similarity: Tensor = (luminance * structure).mean((-1, -2, -3))
+    return similarity.view(video.shape[:-3])
 
 
 def score(video: Tensor, paths: ReturnPaths) -> Score:
@@ -114,7 +115,9 @@ def evaluate(model: WorldModel, paths: ReturnPaths, *, steps: int, window: int |
     return score(video[:, paths.given :], paths)
 
 
-def report(model: WorldModel, paths: ReturnPaths, steps: list[int], windows: list[int | None]) -> list[dict[str, object]]:
+def report(
+    model: WorldModel, paths: ReturnPaths, steps: list[int], windows: list[int | None]
+) -> list[dict[str, object]]:
     """One row per number of steps and window, and the copy-last-frame row; printed as they come."""
     rows: list[dict[str, object]] = [{"history": "copy-last-frame", **copy_last_frame(paths).as_dict()}]
     print(json.dumps(rows[0]), flush=True)

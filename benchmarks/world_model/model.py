@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from world_model.world import FIELD_OF_VIEW
 
@@ -108,17 +108,19 @@ class Block(nn.Module):
         """Add what was `attended`, then the MLP: the block's output ``[batch, tokens, dim]``."""
         gate, shift, scale, mlp_gate = (modulation + self.tab)[:, :, 2:].unbind(2)
         x = x + _per_frame(self.o(attended.flatten(-2)), gate)
-        hidden = F.gelu(self.f1(_modulate(x, shift, scale)), approximate="tanh")
-        return x + _per_frame(self.f2(hidden), mlp_gate)
+        hidden = functional.gelu(self.f1(_modulate(x, shift, scale)), approximate="tanh")
+        out: Tensor = x + _per_frame(self.f2(hidden), mlp_gate)
+        return out
 
 
 def _per_frame(x: Tensor, factor: Tensor) -> Tensor:
-    frames = factor.shape[1]
-    return (x.unflatten(1, (frames, -1)) * factor[:, :, None]).flatten(1, 2)
+    batch, frames = factor.shape[:2]
+    return (x.view(batch, frames, -1, x.shape[-1]) * factor[:, :, None]).flatten(1, 2)
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    normed = F.layer_norm(x, x.shape[-1:]).unflatten(1, (shift.shape[1], -1))
+    batch, frames = shift.shape[:2]
+    normed = functional.layer_norm(x, x.shape[-1:]).view(batch, frames, -1, x.shape[-1])
     return (normed * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
 
 
@@ -127,7 +129,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     `cos`, `sin`: ``[batch or 1, tokens, head_dim / 2]`` float32.
     """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    wide = x.float()
+    even, odd = wide[..., 0::2], wide[..., 1::2]
     cos, sin = cos[:, :, None], sin[:, :, None]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
@@ -194,7 +197,7 @@ class WorldModel(nn.Module):
     def read_out(self, x: Tensor) -> Tensor:
         """Tokens ``[batch, tokens, dim]`` to frames ``[batch, frames, 3, resolution, resolution]``."""
         patch, grid = self.config.patch, self.config.grid
-        pixels = self.out(F.layer_norm(x, x.shape[-1:]))
+        pixels: Tensor = self.out(functional.layer_norm(x, x.shape[-1:]))
         pixels = pixels.view(len(x), -1, grid, grid, 3, patch, patch).permute(0, 1, 4, 2, 5, 3, 6)
         return pixels.reshape(len(x), -1, 3, grid * patch, grid * patch)
 
@@ -226,14 +229,16 @@ class WorldModel(nn.Module):
         slope = ((torch.arange(grid, device=device) + 0.5) / grid * 2 - 1) * math.tan(FIELD_OF_VIEW / 2)
         right, down = slope.view(1, grid), slope.view(grid, 1)
         ahead, aside = torch.cos(heading), torch.sin(heading)
-        rays = torch.broadcast_tensors(ahead - right * aside, aside + right * ahead, down)
-        ray = torch.stack(rays, -1)  # [batch, frames, grid, grid, 3]
+        across = torch.stack([ahead - right * aside, aside + right * ahead], -1).expand(-1, -1, grid, -1, -1)
+        ray = torch.cat([across, down.expand(*across.shape[:-1])[..., None]], -1)  # [batch, frames, grid, grid, 3]
         waves = (origin[..., None] * (0.4 * 2.0 ** torch.arange(6, device=device))).flatten(-2)
         place = torch.cat([origin, waves.sin(), waves.cos()], -1)[:, :, None, None].expand(*ray.shape[:-1], -1)
-        return torch.cat([place, ray, F.normalize(ray, dim=-1)], -1).flatten(1, 3)
+        return torch.cat([place, ray, functional.normalize(ray, dim=-1)], -1).flatten(1, 3)
 
 
-def load_model(path: Path | str, device: torch.device | str = "cpu", config: WorldModelConfig | None = None) -> WorldModel:
+def load_model(
+    path: Path | str, device: torch.device | str = "cpu", config: WorldModelConfig | None = None
+) -> WorldModel:
     """Read a safetensors file of weights into a float32 model in evaluation mode; run it under autocast on a GPU."""
     from safetensors.torch import load_file  # noqa: PLC0415 - training machines may lack it
 

@@ -18,12 +18,13 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices: Tensor, rounds: int = 5) -> Tensor:
-    """Approximate U V^T of each matrix's singular value decomposition U S V^T, by Newton-Schulz in BF16.
+    """Approximate U V^T of each matrix's singular value decomposition U S V^T, by Newton-Schulz.
 
-    `matrices`: ``[count, rows, columns]`` with rows <= columns; the result has the same shape, BF16.
+    `matrices`: ``[count, rows, columns]`` with rows <= columns. The result has the same shape; BF16 on CUDA, where the
+    method was made to live with it, and float32 elsewhere.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16()
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(rounds):
         gram = x @ x.mT

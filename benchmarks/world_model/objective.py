@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from world_model.model import Block, WorldModel, rotate
@@ -55,7 +55,7 @@ def run_block(block: Block, x: Tensor, modulation: Tensor, cos: Tensor, sin: Ten
     if isinstance(mask, BlockMask):
         attended = flex_attention(q, k, v, block_mask=mask)
     else:
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     assert isinstance(attended, Tensor)
     return block.finish(x, attended.transpose(1, 2), modulation)
 

@@ -1,11 +1,12 @@
 """Generation frame by frame: a few Euler steps, then one clean pass that leaves the frame's K/V in the cache."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from world_model.model import WorldModel, rotate
 
@@ -74,8 +75,8 @@ class DenseCache:
         self._rotated[layer][:, new] = rotate(k, self._cos[:, new], self._sin[:, new])
         first = 0 if self.window is None else max(0, self.committed - self.window)
         visible = slice(first * self.tokens_per_frame, new.stop)
-        planes = (q, self._rotated[layer][:, visible], self.values[layer][:, visible])
-        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in planes)).transpose(1, 2)
+        keys, values = (plane[layer][:, visible].transpose(1, 2) for plane in (self._rotated, self.values))
+        return functional.scaled_dot_product_attention(q.transpose(1, 2), keys, values).transpose(1, 2)
 
     def commit(self) -> None:
         """Freeze the frame in progress."""
@@ -101,7 +102,7 @@ def denoise(
 ) -> Tensor:
     """Clean frames in [-1, 1] from `noise` (arguments as :meth:`WorldModel.forward`); nothing is committed."""
     x = noise
-    for level, next_level in zip(levels[:-1], levels[1:], strict=True):
+    for level, next_level in pairwise(levels):
         t = torch.full(x.shape[:2], level, device=x.device)
         clean = model(x, t, pose, reference_pose, first_frame, chunk.attend).float()
         x = clean + (x - clean) * (next_level / level)
@@ -138,7 +139,7 @@ def generate(
         raise ValueError(f"poses: expected more frames than the {given} given ones, got {frames}")
     generator = torch.Generator().manual_seed(seed)
     levels, reference = noise_levels(steps, shift), poses[:, :1]
-    video = [*context.split(1, 1)]
+    video = [*torch.split(context, 1, 1)]
     for frame in range(frames):
         chunk, pose = history.begin_chunk(), poses[:, frame : frame + 1]
         if frame >= given:

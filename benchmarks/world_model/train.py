@@ -56,7 +56,7 @@ class Recipe:
 
     model: WorldModelConfig
     stages: tuple[Stage, ...]
-    matrix_lr: float = 0.02
+    matrix_lr: float = 0.01
     other_lr: float = 2e-3
     warmup_steps: int = 100
     ema_decay: float = 0.998
@@ -69,8 +69,7 @@ class Recipe:
 FULL = Recipe(
     model=WorldModelConfig(),
     stages=(
-        Stage(frames=16, batch=48, until=0.12),
-        Stage(frames=32, batch=24, until=0.35),
+        Stage(frames=32, batch=24, until=0.2),
         Stage(frames=64, batch=12, until=1.0),
     ),
 )
@@ -93,9 +92,10 @@ class Trainer:
         matrices = [p for p in self.model.blocks.parameters() if p.ndim == 2 and min(p.shape) > 6]
         inner = {id(p) for p in matrices}
         others = [p for p in self.model.parameters() if id(p) not in inner]
+        fused, betas = device.type == "cuda", (0.9, 0.95)
         self.optimizers = (
             Muon(matrices, lr=recipe.matrix_lr),
-            torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"),
+            torch.optim.AdamW(others, lr=recipe.other_lr, betas=betas, weight_decay=0.0, fused=fused),
         )
         self.objective = Objective(block_forward=torch.compile(run_block, dynamic=False) if compiled else run_block)
         self.videos = RoomVideos(torch.Generator(device).manual_seed(seed), compiled=compiled, rooms=recipe.rooms)
@@ -179,10 +179,9 @@ def run(trainer: Trainer, args: argparse.Namespace) -> list[dict[str, float]]:
             losses[-1].item()  # or the clock runs ahead of the device
         trainer.elapsed = before + time.monotonic() - began
         if trainer.elapsed - spoken >= 10 or args.max_steps:
-            loss = torch.stack(losses).mean().item()
-            entry = {"seconds": trainer.elapsed, "step": trainer.steps, "frames": stage.frames, "loss": loss, "rate": rate}
-            pace = len(losses) / (trainer.elapsed - spoken)
-            log.append({**entry, "steps_per_second": pace})
+            entry = {"seconds": trainer.elapsed, "step": trainer.steps, "frames": stage.frames, "rate": rate}
+            loss, pace = torch.stack(losses).mean().item(), len(losses) / (trainer.elapsed - spoken)
+            log.append({**entry, "loss": loss, "steps_per_second": pace})
             print(" ".join(f"{name} {value:.4g}" for name, value in log[-1].items()), flush=True)
             losses, spoken = [], trainer.elapsed
     return log

@@ -11,10 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
-__all__ = ["FIELD_OF_VIEW", "PATH_SHARES", "RETURN_PATHS", "RoomVideos", "Worlds", "camera_paths", "make_worlds", "render"]
+__all__ = [
+    "FIELD_OF_VIEW",
+    "PATH_SHARES",
+    "RETURN_PATHS",
+    "RoomVideos",
+    "Worlds",
+    "camera_paths",
+    "make_worlds",
+    "render",
+]
 
 FIELD_OF_VIEW = 1.4  # radians
 CELLS = 6
@@ -72,7 +81,7 @@ def _textures(batch: int, blotches: int, generator: torch.Generator, device: tor
     cells = CELLS * CELLS
     base = _uniform(generator, device, batch, cells, 3, 1, 1) * 1.6 - 0.8
     coarse = _uniform(generator, device, batch * cells, 3, blotches, blotches) * 2 - 1
-    smooth = F.interpolate(coarse, size=(TEXELS, TEXELS), mode="bicubic").view(batch, cells, 3, TEXELS, TEXELS)
+    smooth = functional.interpolate(coarse, size=(TEXELS, TEXELS), mode="bicubic").view(batch, cells, 3, TEXELS, TEXELS)
     stripes = (_uniform(generator, device, batch, cells, 1, 1, 1) * 3 + 1).floor()
     phase = _uniform(generator, device, batch, cells, 1, 1, 1) * 6.28
     upright = _uniform(generator, device, batch, cells, 1, 1, 1) > 0.5
@@ -128,10 +137,9 @@ def render(worlds: Worlds, poses: Tensor, resolution: int = 64) -> Tensor:
     """Frames seen from `poses` ``[batch, frames, 3]``: ``[batch, frames, 3, resolution, resolution]`` in [-1, 1]."""
     batch, frames = poses.shape[:2]
     room = torch.arange(batch, device=poses.device).repeat_interleave(frames)
-    views = zip(room.split(RENDER_CHUNK), poses.flatten(0, 1).split(RENDER_CHUNK), strict=True)
-    return torch.cat([render_views(worlds.walls, worlds.textures, *view, resolution) for view in views]).unflatten(
-        0, (batch, frames)
-    )
+    chunks = zip(torch.split(room, RENDER_CHUNK), torch.split(poses.flatten(0, 1), RENDER_CHUNK), strict=True)
+    pictures = [render_views(worlds.walls, worlds.textures, r, p, resolution) for r, p in chunks]
+    return torch.cat(pictures).view(batch, frames, 3, resolution, resolution)
 
 
 def render_views(walls: Tensor, textures: Tensor, room: Tensor, poses: Tensor, resolution: int) -> Tensor:
@@ -230,4 +238,4 @@ class RoomVideos:
                 room = torch.arange(first, first + batch, device=poses.device).repeat_interleave(frames)
                 path = poses[first : first + batch].clone()
                 views = self._render(worlds.walls, worlds.textures, room, path.flatten(0, 1), resolution)
-                yield views.unflatten(0, (batch, frames)), path
+                yield views.view(batch, frames, 3, resolution, resolution), path
