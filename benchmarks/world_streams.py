@@ -122,7 +122,7 @@ def model_spec(config: WorldModelConfig, *, dtype: torch.dtype = torch.bfloat16)
 
 
 def fit_memory(model: ModelSpec, config: CacheConfig, window: Window, *, frames: int, streams: int) -> CacheConfig:
-    """`config` with the least memory, in steps of 64 KiB, that holds `streams` streams of `frames` frames at their worst.
+    """`config` with the least memory, in steps of 64 KiB, that holds so many streams of `frames` frames at their worst.
 
     Raises:
         ConfigError: the streams are too many for any machine.

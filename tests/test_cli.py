@@ -101,7 +101,7 @@ def test_the_exit_status_of_the_demo_says_whether_its_promises_held(
 ) -> None:
     written = []
     module = SimpleNamespace(
-        DemoOptions=lambda **fields: SimpleNamespace(**fields), run=lambda _options, _progress: demo_result(held)
+        DemoOptions=SimpleNamespace, run=lambda _options, _progress: demo_result(held)
     )
     files = SimpleNamespace(write=lambda path, content: written.append((path, content)))
     monkeypatch.setattr(cli, "_benchmark", {"demo": module, "results_file": files}.__getitem__)
