@@ -1,0 +1,140 @@
+"""The direct path around its kernel: how many splits, which sequences at once, where partial results go."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from qvg_paged.kernels.attention_plan import query_blocks, rope_tables
+from qvg_paged.kernels.block_table import BlockTable
+from qvg_paged.kernels.errors import ArgumentError
+from qvg_paged.kernels.layout import GRANULE, PageLayout, align
+from qvg_paged.kernels.merge import merge_partials
+from qvg_paged.kernels.rope import RoPELayout, RoPESpec
+
+__all__ = ["direct_path", "partial_nbytes"]
+
+MAX_SPLITS = 64
+INTERPRETED_PROGRAMS = 8
+PROGRAMS_PER_MULTIPROCESSOR = 2
+
+
+def partial_nbytes(rows: int, head_dim: int) -> int:
+    """Bytes of one partial result of `rows` query heads."""
+    return align(rows * head_dim * 4, GRANULE) + align(rows * 4, GRANULE)
+
+
+def direct_path(
+    q: torch.Tensor,
+    buffer: torch.Tensor,
+    table: BlockTable,
+    layouts: Sequence[PageLayout],
+    layer: int,
+    *,
+    cu_seqlens_q: tuple[int, ...],
+    softmax_scale: float,
+    rope: RoPESpec | None,
+    workspace: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Arguments and results of `qvg_paged.kernels.attention.paged_attention`, already checked."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    for sequences in _sequences_that_fit(q, table, cu_seqlens_q, workspace):
+        rows = slice(cu_seqlens_q[sequences.start], cu_seqlens_q[sequences.stop])
+        if rows.start < rows.stop:
+            _direct_sequences(
+                q, buffer, table, layouts, layer, cu_seqlens_q, sequences, softmax_scale, rope, workspace,
+                out[rows], lse[rows],
+            )  # fmt: skip
+    return out, lse
+
+
+def _sequences_that_fit(
+    q: torch.Tensor, table: BlockTable, cu_queries: tuple[int, ...], workspace: torch.Tensor | None
+) -> list[range]:
+    """Consecutive sequences whose partial results, one split per format, fit the workspace together."""
+    groups = max(1, len(table.groups))
+    if workspace is None:
+        return [range(table.batch)]
+    made, start = [], 0
+    for b in range(table.batch):
+        needed = groups * partial_nbytes((cu_queries[b + 1] - cu_queries[b]) * q.shape[1], q.shape[2])
+        if needed > workspace.numel():
+            raise ArgumentError(
+                f"workspace: expected at least {needed} bytes (partial results of {cu_queries[b + 1] - cu_queries[b]} "
+                f"queries in {groups} formats), got {workspace.numel()}"
+            )
+        together = groups * partial_nbytes((cu_queries[b + 1] - cu_queries[start]) * q.shape[1], q.shape[2])
+        if together > workspace.numel():
+            made.append(range(start, b))
+            start = b
+    return [*made, range(start, table.batch)]
+
+
+def _direct_sequences(
+    q: torch.Tensor,
+    buffer: torch.Tensor,
+    table: BlockTable,
+    layouts: Sequence[PageLayout],
+    layer: int,
+    cu_queries: tuple[int, ...],
+    sequences: range,
+    scale: float,
+    rope: RoPESpec | None,
+    workspace: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    from qvg_paged.kernels.direct_attention import (  # noqa: PLC0415 - triton is only loaded where it is used
+        direct_attention,
+        launch_shape,
+    )
+
+    heads = layouts[0].key.heads
+    group_size = q.shape[1] // heads
+    longest = max(cu_queries[b + 1] - cu_queries[b] for b in sequences) * group_size
+    launches, splits = [], []
+    for fmt in table.groups:
+        shape = launch_shape(layouts[fmt], q.dtype, longest, rope is not None)
+        blocks = query_blocks(table, cu_queries, sequences, group_size, shape.rows)
+        launches.append((fmt, shape, blocks))
+        splits.append(_wanted_splits(table, layouts[fmt], fmt, sequences, blocks.count * heads, shape.tokens))
+    per_partial = partial_nbytes(lse.numel(), q.shape[2])
+    splits = _affordable(splits, None if workspace is None else workspace.numel() // per_partial)
+    total = sum(splits)
+    if workspace is None:
+        workspace = torch.empty(total * per_partial, dtype=torch.uint8, device=q.device)
+    size = total * out.numel() * 4
+    partials = workspace[:size].view(torch.float32).view(total, *out.shape)
+    tail = workspace[align(size, GRANULE) :][: total * lse.numel() * 4]
+    partial_lse = tail.view(torch.float32).view(total, *lse.shape)
+    done = 0
+    for (fmt, shape, blocks), count in zip(launches, splits, strict=True):
+        direct_attention(
+            partials, partial_lse, q, buffer, layouts[fmt], layer, table.groups[fmt], blocks,
+            softmax_scale=scale, num_splits=count, first_partial=done,
+            rope=None if rope is None else rope_tables(table, fmt, rope),
+            rope_layout=RoPELayout.INTERLEAVED if rope is None else rope.layout, shape=shape,
+        )  # fmt: skip
+        done += count
+    merge_partials(partials, partial_lse, out, lse)
+
+
+def _wanted_splits(
+    table: BlockTable, layout: PageLayout, fmt: int, sequences: range, programs: int, tile_tokens: int
+) -> int:
+    """Shares of the keys that fill the machine twice, none smaller than a tile."""
+    indptr = table.groups[fmt].host_indptr
+    most = max(indptr[b + 1] - indptr[b] for b in sequences) * math.ceil(layout.key.tokens / tile_tokens)
+    filled = INTERPRETED_PROGRAMS
+    if table.device.type == "cuda":
+        filled = torch.cuda.get_device_properties(table.device).multi_processor_count * PROGRAMS_PER_MULTIPROCESSOR
+    return max(1, min(math.ceil(filled / programs), most, MAX_SPLITS))
+
+
+def _affordable(wanted: list[int], most: int | None) -> list[int]:
+    """`wanted` cut down, evenly, to a sum of at most `most`; each stays at least 1."""
+    if most is None or sum(wanted) <= most:
+        return wanted
+    spare = most - len(wanted)
+    return [1 + (count - 1) * spare // (sum(wanted) - len(wanted)) for count in wanted]
