@@ -11,11 +11,11 @@ BACKENDS = [False, True]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def clustered(heads: int, tokens: int, dim: int, clusters: int, noise: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
+def clustered(heads: int, tokens: int, dim: int, clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens around well separated centres ``[heads, clusters, dim]`` (powers of two: exact in bfloat16)."""
     centres = 4.0 * torch.randint(-2, 3, (heads, clusters, dim)).float()
     label = torch.arange(tokens) % clusters
-    return centres[:, label] + noise * torch.randn(heads, tokens, dim), centres
+    return centres[:, label] + 0.1 * torch.randn(heads, tokens, dim), centres
 
 
 def distortion(x: torch.Tensor, centroids: torch.Tensor, ids: torch.Tensor) -> float:

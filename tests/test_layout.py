@@ -7,7 +7,14 @@ import torch
 
 from qvg_paged.kernels.errors import ArgumentError
 from qvg_paged.kernels.formats import (
-    FORMATS, QVG, QVG_PRO, CentroidType, Codec, Grid, default_num_centroids, get_format,
+    FORMATS,
+    QVG,
+    QVG_PRO,
+    CentroidType,
+    Codec,
+    Grid,
+    default_num_centroids,
+    get_format,
 )  # fmt: skip
 from qvg_paged.kernels.layout import GRANULE, TILE_TOKENS, PageLayout, PartLayout, code_position, code_rows
 from qvg_paged.kernels.rope import RoPELayout

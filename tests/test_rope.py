@@ -22,7 +22,10 @@ def test_rotation_is_a_complex_product_with_the_angles_of_the_three_axes(layout:
     position = torch.stack([frames[token // 15].double(), token % 15 // 5, token % 5])  # [axes, tokens]
     assert spec.pairs is not None
     angles = torch.cat(
-        [p[:, None] * base ** (-torch.arange(n) / n).double() for p, n, base in zip(position, spec.pairs, spec.bases)],
+        [
+            p[:, None] * base ** (-torch.arange(n) / n).double()
+            for p, n, base in zip(position, spec.pairs, spec.bases, strict=True)
+        ],
         -1,
     )
     expected = as_complex(x, layout) * torch.polar(torch.ones_like(angles), angles)[:, None]

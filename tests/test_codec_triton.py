@@ -1,0 +1,110 @@
+"""The Triton launchers and their PyTorch twins write and read the same bits.
+
+In the interpreter with float16 and float32; on a GPU with bfloat16 too, and the CPU's bytes against the GPU's.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qvg_paged.kernels.backend import Backend
+from qvg_paged.kernels.codec import EncodedSpan, decode_span, encode_span
+from qvg_paged.kernels.errors import ArgumentError
+from qvg_paged.kernels.formats import DENSE_CODEC, QVG, CentroidType, Codec, Grid, ScaleRule, get_format
+from qvg_paged.kernels.rope import RoPELayout, RoPESpec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QVG4 = get_format("qvg4-int2").key
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = [  # codec, tokens per frame, frames, heads, head_dim, split
+    (QVG, 37, 2, 2, 64, True),
+    (replace(QVG, grid=Grid.INT4, block_size=16, stages=2, centroid_type=CentroidType.FP8), 20, 2, 1, 64, False),
+    (replace(QVG4, num_centroids=5, block_size=128), 24, 1, 1, 256, True),
+    (replace(QVG4, scale_rule=ScaleRule.LEAST_SQUARES, stages=0), 290, 1, 1, 64, False),
+    (replace(QVG4, grid=Grid.INT4, stages=4, num_centroids=20), 9, 1, 1, 64, True),
+    (Codec(grid=Grid.TERNARY, stages=0, block_size=32, scale_rule=ScaleRule.LEAST_SQUARES), 7, 3, 2, 64, True),
+    (DENSE_CODEC, 37, 2, 2, 64, False),
+]
+
+
+def awkward(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(tokens, heads, dim) * torch.logspace(-4, 2, tokens)[:, None, None]
+    x[0], x[1, :, ::2] = 0.0, -0.0
+    x[2] = 1e-7 * torch.randn(heads, dim)
+    x[3, :, 1::2] = x[3].abs().amax() * 0.5
+    return x.to(dtype)
+
+
+def given(x: torch.Tensor, codec: Codec) -> dict[str, torch.Tensor]:
+    """Centroids and ids for every stage, from the data."""
+    count = codec.centroids_for(len(x))
+    if not count:
+        return {}
+    rows = torch.randint(0, len(x), (codec.stages, count))
+    centroids = x[rows].transpose(1, 2).float() * 0.3
+    ids = torch.randint(0, count, (codec.stages, x.shape[1], len(x))).to(torch.uint8)
+    return {"initial_centroids": centroids, "ids": ids}
+
+
+def decoded(span: EncodedSpan, backend: Backend, dtype: torch.dtype) -> list[torch.Tensor]:
+    tokens, dim = span.layout.tokens, span.layout.head_dim
+    ropes = [None, *(RoPESpec(head_dim=dim, grid=(1, tokens), layout=layout) for layout in RoPELayout)]
+    return [decode_span(span, dtype, rope=rope, backend=backend).cpu() for rope in ropes]
+
+
+def agree(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_launchers_and_twins_agree_bit_for_bit(case: int, dtype: torch.dtype) -> None:
+    codec, tokens, frames, heads, dim, split = CASES[case]
+    x = awkward(tokens * frames, heads, dim, dtype).to(DEVICE)
+    extra = {name: value.to(DEVICE) for name, value in given(x.cpu(), codec).items()}
+    shape = {"tokens_per_frame": tokens, "split_pairs": split, "pairing": RoPELayout.INTERLEAVED}
+    twin, launched = (
+        encode_span(x, codec, backend=backend, **shape, **extra)  # type: ignore[arg-type]
+        for backend in (Backend.TORCH, Backend.TRITON)
+    )
+    assert torch.equal(twin.buffer, launched.buffer)
+    assert agree(decoded(twin, Backend.TORCH, dtype), decoded(twin, Backend.TRITON, dtype))
+
+
+def test_triton_refuses_head_dims_it_has_no_tile_for() -> None:
+    x = torch.randn(20, 1, 96, device=DEVICE)
+    codec = Codec(grid=Grid.TERNARY, stages=0, block_size=32)
+    with pytest.raises(ArgumentError, match="head_dim: expected a power of two >= 16 for Triton, got 96"):
+        encode_span(x, codec, backend=Backend.TRITON)
+    span = encode_span(x, codec, backend=Backend.TORCH)
+    assert bool(decode_span(span, torch.float32, backend=Backend.TORCH).isfinite().all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grid", [Grid.TERNARY, Grid.QUATERNARY, Grid.INT4])
+@pytest.mark.parametrize("rule", ScaleRule)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_cpu_and_gpu_agree_bit_for_bit_in_bfloat16(grid: Grid, rule: ScaleRule, dim: int, balanced: bool) -> None:
+    codec = Codec(grid=grid, scale_rule=rule, stages=2, balanced=balanced, num_centroids=48)
+    x = awkward(4 * 280, 2, dim, torch.bfloat16)
+    extra = given(x, codec)
+    shape = {"tokens_per_frame": 280, "split_pairs": True, "pairing": RoPELayout.INTERLEAVED}
+    cpu = encode_span(x, codec, **shape, **extra)  # type: ignore[arg-type]
+    gpu = encode_span(x.cuda(), codec, **shape, **{name: value.cuda() for name, value in extra.items()})  # type: ignore[arg-type]
+    assert torch.equal(cpu.buffer, gpu.buffer.cpu())
+    assert agree(decoded(cpu, Backend.AUTO, torch.bfloat16), decoded(gpu, Backend.AUTO, torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codec", [QVG, QVG4])
+def test_encoding_on_a_gpu_repeats_itself_and_reads_back_as_well_as_on_the_cpu(codec: Codec) -> None:
+    x = (torch.randn(6 * 400, 3, 128) + 3 * torch.randn(30, 3, 128)[torch.arange(2400) % 30]).bfloat16()
+    spans = [encode_span(x.cuda(), codec, tokens_per_frame=400) for _ in range(2)]
+    assert torch.equal(spans[0].buffer, spans[1].buffer)
+    errors = [
+        float((decode_span(span, torch.float32).cpu() - x.float()).square().mean())
+        for span in (spans[0], encode_span(x, codec, tokens_per_frame=400))
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=0.03)
