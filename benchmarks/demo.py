@@ -69,7 +69,7 @@ class DemoOptions:
     generated: int = 24
     format: str = "qvg4-int2"
     memory: str | None = None
-    steps: int = 4
+    steps: int = 2
     device: str | None = None
     seed: int = 0
     weights: Path | None = None

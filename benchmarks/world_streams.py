@@ -208,7 +208,7 @@ class WorldEngine:
         shift: see `world_model.sampling.noise_levels`.
     """
 
-    def __init__(self, model: WorldModel, cache: KVCacheManager, *, steps: int = 4, shift: float = 3.0) -> None:
+    def __init__(self, model: WorldModel, cache: KVCacheManager, *, steps: int = 2, shift: float = 3.0) -> None:
         self.model = model
         self.cache = cache
         self.levels = noise_levels(steps, shift)
@@ -270,7 +270,8 @@ class WorldEngine:
         reference = torch.stack([stream.shot.poses[0] for stream in streams]).to(device)[:, None]
         first_frame = torch.tensor([stream.frame for stream in streams], device=device)
         t = torch.full((len(streams), 1), level, device=device)
-        return self.model(x[:, None], t, pose, reference, first_frame, self._attend(chunks))[:, 0].float()
+        clean: Tensor = self.model(x[:, None], t, pose, reference, first_frame, self._attend(chunks))
+        return clean[:, 0].float()
 
     def _attend(self, chunks: Sequence[Chunk]) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
         dtype = self.cache.model.dtype
@@ -288,7 +289,7 @@ def generate(
     shots: Sequence[Shot],
     *,
     window: Window | None = None,
-    steps: int = 4,
+    steps: int = 2,
     shift: float = 3.0,
     on_chunk: Callable[[Sequence[WorldStream]], None] | None = None,
 ) -> list[WorldStream]:

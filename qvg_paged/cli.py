@@ -83,7 +83,7 @@ def demo(
     generated: Annotated[int, typer.Option(min=1, help="Frames of each that are generated: the way back.")] = 24,
     format_: Annotated[str, typer.Option("--format", help=f"Of quantised pages: {', '.join(FORMATS)}.")] = "qvg4-int2",
     memory: Annotated[str | None, typer.Option(help="Budget, as in 100MiB (default: the least that works).")] = None,
-    steps: Steps = 4,
+    steps: Steps = 2,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Names the noise.")] = 0,
     weights: Weights = None,
