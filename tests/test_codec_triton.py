@@ -83,9 +83,10 @@ def test_triton_refuses_head_dims_it_has_no_tile_for() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("grid", [Grid.TERNARY, Grid.QUATERNARY, Grid.INT4])
-@pytest.mark.parametrize("rule", ScaleRule)
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize(
+    ("rule", "dim", "balanced"),
+    [(ScaleRule.ABSMAX, 128, False), (ScaleRule.LEAST_SQUARES, 256, True), (ScaleRule.SEARCH, 64, True)],
+)
 def test_cpu_and_gpu_agree_bit_for_bit_in_bfloat16(grid: Grid, rule: ScaleRule, dim: int, balanced: bool) -> None:
     codec = Codec(grid=grid, scale_rule=rule, stages=2, balanced=balanced, num_centroids=48)
     x = awkward(4 * 280, 2, dim, torch.bfloat16)
