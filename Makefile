@@ -54,7 +54,7 @@ lint: $(READY)
 
 # mypy does not see mapped subpackages in an editable install, so it looks at a regular one, from outside the checkout
 types: $(READY)
-	rm -rf $(TYPED)
+	rm -rf $(TYPED) build
 	$(BIN)/python -m pip install --quiet --no-deps --target $(TYPED) .
 	cd $(TYPED) && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p qvg_paged
 
