@@ -80,19 +80,22 @@ def span_bytes(cache: KVCacheManager, seeds: Sequence[int]) -> list[bytes]:
         ):
             pages = [index * layout.page_nbytes + offset for index in range(len(seeds))]
             encode_part(x, part, buffer, pages, book + inside if part.codebook_planes else None)
-    codebook = buffer[book:].numpy().tobytes()
-    return [page.numpy().tobytes() + codebook for page in buffer[:book].view(len(seeds), -1)]
+    inside, codebook = layout.num_layers * layout.layer_nbytes, layout.num_layers * layout.codebook_layer_nbytes
+    tail = buffer[book : book + codebook].numpy().tobytes()
+    return [page[:inside].numpy().tobytes() + tail for page in buffer[:book].view(len(seeds), -1)]
 
 
 def page_bytes(stream: Stream) -> dict[int, bytes]:
-    """Page and codebook bytes of every stored frame, padding after an unquantised page's last layer left out."""
-    pool, model = stream.manager.store.pool, stream.manager.model
-    found = {}
+    """Page and codebook bytes of every stored frame; padding after the last layer is left out (it keeps the fill)."""
+    pool, found = stream.manager.store.pool, {}
     for frame, page in stream.pages.items():
+        layout = stream.manager.layouts[page.format]
+        parts = [(page.slot, layout.layer_nbytes)]
         if page.codebook:
-            found[frame] = b"".join(pool.bytes_of(slot).numpy().tobytes() for slot in (page.slot, page.codebook.slot))
-        else:
-            found[frame] = pool.bytes_of(page.slot)[: model.frame_nbytes].numpy().tobytes()
+            parts.append((page.codebook.slot, layout.codebook_layer_nbytes))
+        found[frame] = b"".join(
+            pool.bytes_of(slot)[: layout.num_layers * nbytes].numpy().tobytes() for slot, nbytes in parts
+        )
     return found
 
 
