@@ -7,10 +7,9 @@ worst cases need, no admitted stream can run out of memory, so none ever waits f
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from qvg_paged.errors import ArgumentError
 from qvg_paged.scheduler.plan import Decision, Outcome, Plan, Reason
 from qvg_paged.scheduler.request import StreamRequest, StreamState, WaitingStream
-
-from qvg_paged.errors import ArgumentError
 from qvg_paged.timeline import Demand
 
 __all__ = ["Entries", "Entry", "admit", "after_outcome", "after_plan", "make_plan", "snapshots"]

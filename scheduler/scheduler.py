@@ -4,13 +4,12 @@ import math
 from dataclasses import replace
 from threading import RLock
 
+from qvg_paged.errors import ArgumentError, StateError
+from qvg_paged.manager import KVCacheManager
 from qvg_paged.scheduler.core import Entry, admit, after_outcome, after_plan, final, make_plan, snapshots
 from qvg_paged.scheduler.plan import Decision, Outcome, Plan, Reason
 from qvg_paged.scheduler.policy import FCFS, Policy, ranked
 from qvg_paged.scheduler.request import StreamRequest, StreamState
-
-from qvg_paged.errors import ArgumentError, StateError
-from qvg_paged.manager import KVCacheManager
 
 __all__ = ["Scheduler"]
 
