@@ -31,7 +31,7 @@ TENANTS = ("studio-a", "studio-b")
 SPAN_FRAMES = 8
 MIN_QUANTISED_SHARE = 0.7
 """Of the history tokens that the last chunk of a stream reads, at least so many are 2-bit."""
-MIN_PSNR = 20.0
+MIN_PSNR = 30.0
 """Decibels that every stream reaches against its own unquantised run, mean over generated frames."""
 MAX_PSNR = 100.0
 

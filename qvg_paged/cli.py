@@ -96,7 +96,7 @@ def demo(
 
     Exit status 0 only if every stream finished and all were resident at once, the budget holds fewer than half of the
     streams unquantised and was kept, at least 70 % of the history tokens read at the end were 2-bit, and every
-    stream is at least 20 dB (PSNR) from its own unquantised run with the same noise.
+    stream has at least 30 dB (PSNR) against its own unquantised run with the same noise.
     """
     console = make_console()
     with _errors():
