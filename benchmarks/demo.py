@@ -8,32 +8,27 @@ unquantised cache with the same noise, and compared.
 import gc
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import report
 import results_file
 import torch
+from demo_results import PooledRun, StreamRun, demo_results
 from torch import Tensor
-from world_model.evaluate import psnr
 from world_model.model import WorldModel, load_model
 from world_streams import Shot, WorldEngine, WorldStream, fit_memory, generate, model_spec, return_shots
 
-from qvg_paged import ArgumentError, CacheConfig, CacheStats, KVCacheManager, ModelSpec, Window
-from qvg_paged.kernels.formats import PageFormat, get_format
+from qvg_paged import ArgumentError, CacheConfig, KVCacheManager, ModelSpec, Window
+from qvg_paged.kernels.formats import get_format
 from qvg_paged.scheduler import FCFS, Outcome, Reason, Scheduler, StreamRequest
 
-__all__ = ["MIN_PSNR", "MIN_QUANTISED_SHARE", "Check", "DemoOptions", "Progress", "run"]
+__all__ = ["DemoOptions", "Progress", "run"]
 
 WEIGHTS = Path(__file__).resolve().parent / "world_model" / "weights" / "world_model_v1.safetensors"
 TENANTS = ("studio-a", "studio-b")
 SPAN_FRAMES = 8
-MIN_QUANTISED_SHARE = 0.7
-"""Of the history tokens that the last chunk of a stream reads, at least so many are 2-bit."""
-MIN_PSNR = 30.0
-"""Decibels that every stream reaches against its own unquantised run, mean over generated frames."""
-MAX_PSNR = 100.0
 
 
 class Progress(Protocol):
@@ -61,6 +56,7 @@ class DemoOptions:
         device: "cpu", "cuda"; None for CUDA if there is any.
         seed: names the noise.
         weights: safetensors file; None for those of the checkout.
+        threads: of a CPU. Tensors are small: a second one gains little, and much is lost when the machine is busy.
         out: folder for the report.
     """
 
@@ -73,10 +69,11 @@ class DemoOptions:
     device: str | None = None
     seed: int = 0
     weights: Path | None = None
+    threads: int = 1
     out: Path = Path("runs/demo")
 
     def __post_init__(self) -> None:
-        for name in ("streams", "given", "generated", "steps"):
+        for name in ("streams", "given", "generated", "steps", "threads"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name}: expected >= 1, got {getattr(self, name)}")
         get_format(self.format)
@@ -108,39 +105,6 @@ class DemoOptions:
         return max(1, min(SPAN_FRAMES, self.frames // 6))
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing the demo promises."""
-
-    name: str
-    held: bool
-    text: str
-
-
-@dataclass
-class StreamRun:
-    """What is known of a stream once it is done."""
-
-    waits: int = 0
-    started: float = 0.0  # of generation
-    seconds: float = 0.0
-    nbytes: int = 0
-    finished: bool = False
-    decision: str = ""
-
-
-@dataclass
-class PooledRun:
-    """What is known of the run from the shared pool."""
-
-    streams: dict[str, WorldStream] = field(default_factory=dict)
-    books: dict[str, StreamRun] = field(default_factory=dict)
-    resident: int = 0
-    used_nbytes: list[int] = field(default_factory=list)
-    dense_nbytes: list[int] = field(default_factory=list)
-    stats: CacheStats | None = None
-
-
 def run(options: DemoOptions, progress: Progress) -> dict[str, Any]:
     """Run the demo, write its files and return the content of ``result.json``.
 
@@ -150,6 +114,15 @@ def run(options: DemoOptions, progress: Progress) -> dict[str, Any]:
     Raises:
         QvgPagedError: an option does not work; the message says what would.
     """
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        return _run(options, progress)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(options: DemoOptions, progress: Progress) -> dict[str, Any]:
     begun = time.perf_counter()
     device = options.torch_device
     model = load_model(options.weights_path, device)
@@ -174,7 +147,7 @@ def run(options: DemoOptions, progress: Progress) -> dict[str, Any]:
     gc.collect()
     progress.phase("the same streams unquantised, same noise", [shot.id for shot in shots], options.frames)
     reference = _run_reference(model, spec, shots, options, progress)
-    results = _results(options, spec, config, shots, pooled, reference)
+    results = demo_results(config, options.frames * spec.frame_nbytes, shots, pooled, reference)
     results["summary"] |= {"pooled_seconds": pooled_seconds, "seconds": time.perf_counter() - begun}
     content = results_file.result(device=device, config={**vars(options), "span_frames": options.span_frames,
                                   "weights": options.weights_path.name}, results=results)  # fmt: skip
@@ -275,83 +248,3 @@ def _run_reference(
         model, KVCacheManager(spec, config), shots, window=_window(options), steps=options.steps, on_chunk=on_chunk
     )
     return {stream.shot.id: torch.stack(stream.video) for stream in streams}
-
-
-def _results(
-    options: DemoOptions,
-    spec: ModelSpec,
-    config: CacheConfig,
-    shots: Sequence[Shot],
-    pooled: PooledRun,
-    reference: dict[str, Tensor],
-) -> dict[str, Any]:
-    dense_nbytes = options.frames * spec.frame_nbytes
-    rows = [_row(shot, pooled, reference[shot.id], dense_nbytes) for shot in shots]
-    stats = pooled.stats
-    assert stats is not None
-    assert isinstance(config.memory, int)
-    done = [row for row in rows if row["finished"]]
-    summary = {
-        "memory_nbytes": config.memory,
-        "peak_nbytes": stats.peak_total_nbytes,
-        "peak_pool_nbytes": stats.peak_nbytes,
-        "budget": {name: getattr(stats.budget, name) for name in ("pool", "staging", "encode", "overhead")},
-        "dense_stream_nbytes": dense_nbytes,
-        "dense_nbytes": dense_nbytes * len(shots),
-        "nbytes": sum(row["nbytes"] for row in done),
-        "dense_streams_in_memory": config.memory / dense_nbytes,
-        "resident": pooled.resident,
-        "quantised_share": min((row["quantised_share"] for row in done), default=0.0),
-        "psnr": sum(row["psnr"] for row in done) / max(1, len(done)),
-        "worst_psnr": min((row["psnr"] for row in done), default=0.0),
-        "frames_per_second": sum(row["frames_per_second"] for row in done),
-    }
-    series = {"used_nbytes": pooled.used_nbytes, "dense_nbytes": pooled.dense_nbytes}
-    checks = _checks(options, rows, summary)
-    return {"rows": rows, "summary": summary, "series": series, "checks": checks}
-
-
-def _row(shot: Shot, pooled: PooledRun, reference: Tensor, dense_nbytes: int) -> dict[str, Any]:
-    books = pooled.books[shot.id]
-    row: dict[str, Any] = {"stream": shot.id, "tenant": shot.tenant, "finished": books.finished,
-                           "decision": books.decision, "waits": books.waits, "dense_nbytes": dense_nbytes}  # fmt: skip
-    if not books.finished:
-        return row
-    stream = pooled.streams[shot.id]
-    video, truth = torch.stack(stream.video[shot.given :]), shot.truth[shot.given :].to(reference.device)
-    own = psnr(video, reference[shot.given :]).clamp_max(MAX_PSNR)
-    return row | {
-        "nbytes": books.nbytes,
-        "ratio": dense_nbytes / books.nbytes,
-        "quantised_share": stream.last_read.quantised_share,
-        "frames_per_second": (shot.frames - shot.given) / books.seconds,
-        "psnr": own.mean().item(),
-        "psnr_first": own[0].item(),
-        "psnr_last": own[-1].item(),
-        "psnr_curve": [round(x, 3) for x in own.tolist()],
-        "psnr_truth": psnr(video, truth).mean().item(),
-        "psnr_truth_dense": psnr(reference[shot.given :], truth).mean().item(),
-    }
-
-
-def _bits(fmt: PageFormat) -> int:
-    return max(fmt.key.grid.bits or 16, fmt.value.grid.bits or 16)
-
-
-def _checks(options: DemoOptions, rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> list[Check]:
-    unfinished = [f"{row['stream']}: {row['decision']}" for row in rows if not row["finished"]]
-    fits, half = summary["dense_streams_in_memory"], options.streams / 2
-    bits, share, worst = _bits(get_format(options.format)), summary["quantised_share"], summary["worst_psnr"]
-    share = share if bits == 2 else 0.0
-    return [
-        Check("every stream finished", not unfinished, "; ".join(unfinished) or f"{len(rows)} of {len(rows)}"),
-        Check("all resident at once", summary["resident"] == len(rows), f"{summary['resident']} of {len(rows)}"),
-        Check("too little memory without quantisation", fits < half,
-              f"the budget holds {fits:.2f} unquantised caches; fewer than {half:g} promised"),
-        Check("peak inside the budget", summary["peak_nbytes"] <= summary["memory_nbytes"],
-              f"{summary['peak_nbytes']:,} of {summary['memory_nbytes']:,} bytes"),
-        Check("history read in 2 bits", share >= MIN_QUANTISED_SHARE,
-              f"{share:.0%} of the tokens at the end; at least {MIN_QUANTISED_SHARE:.0%} promised"),
-        Check("close to the unquantised run", worst >= MIN_PSNR,
-              f"worst stream {worst:.2f} dB; at least {MIN_PSNR:g} dB promised"),
-    ]  # fmt: skip

@@ -87,6 +87,7 @@ def demo(
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Names the noise.")] = 0,
     weights: Weights = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; on a busy machine more than one is slower.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for report, contact sheet, animations, result.json.")] = Path(
         "runs/demo"
     ),
@@ -103,7 +104,7 @@ def demo(
         module = _benchmark("demo")
         options = module.DemoOptions(
             streams=streams, given=given, generated=generated, format=format_, memory=memory, steps=steps,
-            device=device, seed=seed, weights=weights, out=out,
+            device=device, seed=seed, weights=weights, threads=threads, out=out,
         )  # fmt: skip
         with StreamProgress(console) as progress:
             content = module.run(options, progress)

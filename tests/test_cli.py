@@ -27,7 +27,7 @@ def test_help_names_the_commands() -> None:
 
 
 def test_help_of_the_demo_states_what_it_promises() -> None:
-    module = cli._benchmark("demo")
+    module = cli._benchmark("demo_results")
     result = runner.invoke(cli.app, ["demo", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert result.exit_code == 0
     assert f"at least {module.MIN_QUANTISED_SHARE:.0%}".replace("%", " %") in out(result)
