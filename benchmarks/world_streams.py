@@ -234,9 +234,9 @@ class WorldEngine:
             with self._autocast():
                 frames = self._frames(streams, chunks)
                 self._forward(frames, 0.0, streams, chunks)
+            self.cache.commit(chunks)
             for stream, chunk, frame in zip(streams, chunks, frames, strict=True):
                 stream.last_read = HistoryRead.of(chunk)
-                chunk.commit()
                 stream.video.append(frame)
         finally:
             for chunk in chunks:

@@ -18,6 +18,9 @@ from qvg_paged.kernels.rope import RoPELayout, RoPETables
 
 __all__ = ["decode_pages"]
 
+ANYWHERE = ["pages_ptr", "codebooks_ptr", "cos_frame_ptr", "sin_frame_ptr"]
+"""Rows of a table that start at any sequence: their alignment must not decide what is compiled."""
+
 
 @triton.jit
 def _turn_and_store(
@@ -86,7 +89,7 @@ def _values(
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANYWHERE)
 def _decode_kernel(
     out_ptr, bytes_ptr, fp8_ptr, bf16_ptr, fp32_ptr, pages_ptr, codebooks_ptr, cos_frame_ptr, sin_frame_ptr,
     cos_space_ptr, sin_space_ptr, part_offset, book_offset, scales_offset, ids_offset, book_scales_offset,
@@ -132,7 +135,7 @@ def _decode_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANYWHERE)
 def _dense_kernel(
     out_ptr, values_ptr, pages_ptr, cos_frame_ptr, sin_frame_ptr, cos_space_ptr, sin_space_ptr, part_offset, tokens,
     heads, token_blocks, frame_pairs, space_pairs, stride_token, stride_head, D: tl.constexpr, R: tl.constexpr,

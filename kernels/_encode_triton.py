@@ -92,7 +92,7 @@ def _quantise(x, inverse_top, TOP: tl.constexpr, STEP: tl.constexpr, RULE: tl.co
     return _codes(x, fp8_value(byte), TOP, STEP), byte
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "first_head"])
 def _pack_kernel(
     buffer_ptr,
     offsets_ptr,

@@ -7,6 +7,7 @@ from enum import Enum
 
 import torch
 
+from qvg_paged.kernels.backend import kernel_scope
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.direct_path import direct_path, partial_nbytes
 from qvg_paged.kernels.errors import ArgumentError
@@ -82,15 +83,16 @@ def paged_attention(
     path = _choose(path, q, table, layouts)
     if len(q) == 0:
         return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-    if path is AttentionPath.REFERENCE:
-        return reference_attention(
-            q, buffer, table, layouts, layer, cu_seqlens_q=cu_queries, softmax_scale=scale, rope=rope
-        )
-    run = staged_attention if path is AttentionPath.STAGED else direct_path
-    return run(
-        q, buffer, table, layouts, layer,
-        cu_seqlens_q=cu_queries, softmax_scale=scale, rope=rope, workspace=workspace,
-    )  # fmt: skip
+    with kernel_scope(q.device):
+        if path is AttentionPath.REFERENCE:
+            return reference_attention(
+                q, buffer, table, layouts, layer, cu_seqlens_q=cu_queries, softmax_scale=scale, rope=rope
+            )
+        run = staged_attention if path is AttentionPath.STAGED else direct_path
+        return run(
+            q, buffer, table, layouts, layer,
+            cu_seqlens_q=cu_queries, softmax_scale=scale, rope=rope, workspace=workspace,
+        )  # fmt: skip
 
 
 def attention_workspace_nbytes(

@@ -1,13 +1,15 @@
 """Which implementation of a launcher runs: Triton or its PyTorch twin."""
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 
 import torch
 
 from qvg_paged.kernels.errors import ArgumentError
 
-__all__ = ["Backend", "uses_triton"]
+__all__ = ["Backend", "kernel_scope", "uses_triton"]
 
 
 class Backend(Enum):
@@ -35,3 +37,18 @@ def uses_triton(backend: Backend, device: torch.device) -> bool:
             "set TRITON_INTERPRET=1 before triton is imported to run kernels in its interpreter"
         )
     return backend is Backend.TRITON
+
+
+@contextmanager
+def kernel_scope(device: torch.device) -> Iterator[None]:
+    """Launch kernels as if nobody had set anything: `device` is the current one, autocast is off.
+
+    Triton launches on the current device whatever the tensors' one is, and under autocast PyTorch rounds where the
+    same call elsewhere does not.
+    """
+    with ExitStack() as scope:
+        if device.type == "cuda":
+            scope.enter_context(torch.cuda.device(device))
+        if torch.is_autocast_enabled(device.type):
+            scope.enter_context(torch.autocast(device.type, enabled=False))
+        yield

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from qvg_paged.kernels import reference
-from qvg_paged.kernels.backend import Backend, uses_triton
+from qvg_paged.kernels.backend import Backend, kernel_scope, uses_triton
 from qvg_paged.kernels.errors import ArgumentError
 from qvg_paged.kernels.formats import CentroidType
 from qvg_paged.kernels.layout import PLANE_ALIGNMENT, PartLayout
@@ -55,7 +55,8 @@ def decode_pages(
     if len(pages) == 0:
         return
     run = _reader(uses_triton(backend, buffer.device))
-    run.decode_pages(buffer, pages, codebooks, layout, part_offset, codebook_part_offset, out, rope, rope_layout)
+    with kernel_scope(buffer.device):
+        run.decode_pages(buffer, pages, codebooks, layout, part_offset, codebook_part_offset, out, rope, rope_layout)
 
 
 def read_centroids(buffer: torch.Tensor, layout: PartLayout, codebook_offset: int) -> torch.Tensor:

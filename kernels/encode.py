@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 from qvg_paged.kernels import reference
-from qvg_paged.kernels.backend import Backend, uses_triton
+from qvg_paged.kernels.backend import Backend, kernel_scope, uses_triton
 from qvg_paged.kernels.errors import ArgumentError
 from qvg_paged.kernels.formats import CentroidType
 from qvg_paged.kernels.kmeans import Centroids, fit, round_centroids, seed_rows
@@ -64,13 +64,14 @@ def encode_part(
         _write_dense(x, layout, buffer, part_offsets)
         return
     group = _group_heads(layout, len(x))
-    for head in range(0, layout.heads, group):
-        heads = slice(head, min(head + group, layout.heads))
-        some = None if initial_centroids is None else initial_centroids[:, heads]
-        given = None if ids is None else ids[:, heads]
-        _encode_heads(x[:, heads], layout, buffer, part_offsets, codebook_offset, head, some, given, triton)
-    if codebook_offset is not None:
-        reference.zero_padding(buffer, layout.codebook_planes, codebook_offset)
+    with kernel_scope(x.device):
+        for head in range(0, layout.heads, group):
+            heads = slice(head, min(head + group, layout.heads))
+            some = None if initial_centroids is None else initial_centroids[:, heads]
+            given = None if ids is None else ids[:, heads]
+            _encode_heads(x[:, heads], layout, buffer, part_offsets, codebook_offset, head, some, given, triton)
+        if codebook_offset is not None:
+            reference.zero_padding(buffer, layout.codebook_planes, codebook_offset)
 
 
 def encode_workspace_nbytes(layout: PartLayout, span_tokens: int) -> int:
@@ -143,7 +144,8 @@ def _stage(
     if initial is not None:
         start = initial[stage].float()
     else:
-        rows = seed_rows(tokens, heads, layout.num_centroids, codec.seed + stage).to(residual.device)
+        rows = seed_rows(tokens, heads, layout.num_centroids, codec.seed + stage)
+        rows = rows.int().to(residual.device, non_blocking=True)
         start = residual[torch.arange(heads, device=rows.device)[:, None], rows].float()
     if given:
         return round_centroids(start, codec.centroid_type)

@@ -62,7 +62,8 @@ def round_centroids(centroids: torch.Tensor, kind: CentroidType) -> Centroids:
         values = centroids.to(torch.bfloat16)
         return Centroids(values, None, values)
     _, exponent = torch.frexp(centroids.abs().amax((1, 2)) / FP8_MAX)
-    scales = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.clamp(-100, 120))
+    # Powers of two from their bits: a device's `pow` may miss them by a rounding.
+    scales = ((exponent.clamp(-100, 120).int() + 127) << 23).view(torch.float32)
     wide = scales[:, None, None]
     stored = (centroids / wide).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return Centroids(stored, scales, (stored.float() * wide).to(torch.bfloat16))

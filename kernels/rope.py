@@ -97,7 +97,7 @@ class RoPESpec:
         ]
         frame, space = angles[0], torch.cat(angles[1:], -1)
         values = (frame.cos(), frame.sin(), space.cos(), space.sin())
-        return RoPETables(*(v.to(device=device, dtype=torch.float32) for v in values))
+        return RoPETables(*(v.float().to(device, non_blocking=True) for v in values))
 
     def rotate(self, x: torch.Tensor, frames: "Sequence[float] | torch.Tensor") -> torch.Tensor:
         """`x` ``[len(frames) * tokens_per_frame, heads, head_dim]`` turned to the given frame positions."""

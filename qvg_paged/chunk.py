@@ -93,7 +93,7 @@ class Chunk:
             StateError: a layer was never written, or the chunk is not open; nothing changed.
             NonFiniteError: K or V hold NaN or infinity; the chunk was aborted.
         """
-        self.stream.manager.commit(self)
+        self.stream.manager.commit([self])
 
     def abort(self) -> None:
         """Throw the chunk away; the stream is as it was. Does nothing on a finished chunk."""

@@ -1,5 +1,6 @@
-"""Commit of a chunk: check, encode what is full, then change the books in one go that cannot fail."""
+"""Commit of chunks: check, encode what is full, then change the books in one go that cannot fail."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,22 +15,39 @@ if TYPE_CHECKING:
     from qvg_paged.manager import KVCacheManager
     from qvg_paged.stream import Stream
 
-__all__ = ["commit_chunk"]
+__all__ = ["commit_chunks"]
 
 
-def commit_chunk(manager: "KVCacheManager", chunk: Chunk) -> None:
-    """See `Chunk.commit`. Whatever fails before the books change aborts the chunk and leaves the stream as it was."""
-    chunk.require_open()
-    missing = [layer for layer, written in enumerate(chunk.written) if not written]
-    if missing:
-        raise StateError(f"commit: expected K and V in every layer, layers {missing} were never written")
+def commit_chunks(manager: "KVCacheManager", chunks: Sequence[Chunk]) -> None:
+    """See `KVCacheManager.commit`: the host waits for the device once, whatever the number of chunks."""
+    for chunk in chunks:
+        missing = [layer for layer, written in enumerate(chunk.written) if not written]
+        if missing:
+            raise StateError(f"commit: expected K and V in every layer, layers {missing} were never written")
+    try:
+        fault_point("commit.check")
+        broken = _not_finite(manager, chunks)
+    except BaseException:
+        for chunk in chunks:
+            manager.abort(chunk)
+        raise
+    if broken:
+        for chunk in broken:
+            manager.abort(chunk)
+        names = ", ".join(f"frames {c.frames.start}-{c.frames.stop - 1} of stream {c.stream.id!r}" for c in broken)
+        fate = "the chunk was aborted" if len(broken) == 1 else "these chunks were aborted"
+        raise NonFiniteError(f"commit: expected finite K and V, {names} hold NaN or infinity; {fate}")
+    for chunk in chunks:
+        _commit(manager, chunk)
+
+
+def _commit(manager: "KVCacheManager", chunk: Chunk) -> None:
+    """Whatever fails before the books change aborts the chunk and leaves the stream as it was."""
     stream = chunk.stream
     dense = {**stream.pages, **dict(zip(chunk.frames, chunk.reservation.scratch, strict=True))}
     first = stream.timeline.closed_spans(stream.committed)
     closing = [stream.timeline.span(first + index) for index in range(len(chunk.reservation.spans))]
     try:
-        fault_point("commit.check")
-        _require_finite(manager, chunk)
         for span, quantised in zip(closing, chunk.reservation.spans, strict=True):
             manager.encoder.encode([dense[frame] for frame in span], quantised)
         fault_point("encode.publish")
@@ -52,19 +70,19 @@ def commit_chunk(manager: "KVCacheManager", chunk: Chunk) -> None:
     manager.send([*events, *manager.release(stream.tenant, leaving + list(gone.values()))])
 
 
-def _require_finite(manager: "KVCacheManager", chunk: Chunk) -> None:
-    """One reduction over the scratch pages; a minimum or maximum is NaN if any value is."""
+def _not_finite(manager: "KVCacheManager", chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Chunks with NaN or infinity: a reduction per scratch page, whose minimum or maximum is NaN if any value is."""
     layout, buffer = manager.layouts[DENSE_FORMAT], manager.store.pool.buffer
-    ends: list[torch.Tensor] = []
-    for page in chunk.reservation.scratch:
-        start = page.id * GRANULE
-        values = buffer[start : start + layout.num_layers * layout.layer_nbytes].view(manager.model.dtype)
-        ends += values.aminmax()
-    if not torch.stack(ends).isfinite().all().item():
-        raise NonFiniteError(
-            f"commit: expected finite K and V, frames {chunk.frames.start}-{chunk.frames.stop - 1} of stream "
-            f"{chunk.stream.id!r} hold NaN or infinity; the chunk was aborted"
-        )
+    owners, ends = [], []
+    for chunk in chunks:
+        for page in chunk.reservation.scratch:
+            start = page.id * GRANULE
+            values = buffer[start : start + layout.num_layers * layout.layer_nbytes].view(manager.model.dtype)
+            ends += values.aminmax()
+            owners.append(chunk)
+    finite = torch.stack(ends).isfinite().view(-1, 2).all(1).tolist()
+    broken = {id(chunk) for chunk, good in zip(owners, finite, strict=True) if not good}
+    return [chunk for chunk in chunks if id(chunk) in broken]
 
 
 def _evict(stream: "Stream") -> dict[int, Page]:

@@ -22,7 +22,11 @@ class SpanEncoder:
     def __init__(self, buffer: torch.Tensor, layouts: tuple[PageLayout, ...]) -> None:
         self._buffer = buffer
         self._layouts = layouts
-        self._side = torch.cuda.Stream(buffer.device) if buffer.device.type == "cuda" else None
+        self._side = None
+        if buffer.device.type == "cuda":
+            self._side = torch.cuda.Stream(buffer.device)
+            # A pool that is dropped while a span is being encoded is not given to anyone else before that is done.
+            buffer.record_stream(self._side)
         self._done: Fence | None = None
 
     def _on_side_stream(self) -> AbstractContextManager[object]:

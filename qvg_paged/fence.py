@@ -8,23 +8,24 @@ __all__ = ["Fence"]
 class Fence:
     """A point in the device's current stream: everything launched before it."""
 
-    def __init__(self, event: "torch.cuda.Event | None") -> None:
+    def __init__(self, event: "torch.cuda.Event | None" = None, device: torch.device | None = None) -> None:
         self._event = event
+        self._device = device
 
     @classmethod
     def record(cls, device: torch.device) -> "Fence":
         """A fence behind all work launched so far on the current stream of `device`."""
         if device.type != "cuda":
-            return cls(None)
+            return cls()
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(device))
-        return cls(event)
+        return cls(event, device)
 
     def passed(self) -> bool:
         """Whether that work is done, without waiting."""
         return self._event is None or self._event.query()
 
     def order_after(self) -> None:
-        """Let the current stream wait for that work; the host does not wait."""
+        """Let the device's current stream wait for that work; the host does not wait."""
         if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+            torch.cuda.current_stream(self._device).wait_event(self._event)

@@ -15,7 +15,7 @@ import torch
 from qvg_paged.budget import Budget, object_counts, page_layouts, stream_timeline
 from qvg_paged.checks import check_kv, check_layer, check_queries
 from qvg_paged.chunk import Chunk, ChunkState
-from qvg_paged.commit import commit_chunk
+from qvg_paged.commit import commit_chunks
 from qvg_paged.config import CacheConfig, ModelSpec, Window
 from qvg_paged.encoder import SpanEncoder
 from qvg_paged.errors import ArgumentError, IntegrityError, StateError
@@ -250,10 +250,18 @@ class KVCacheManager:
             self._check_chunks(0, chunks)
             return self._batch(chunks)[0]
 
-    def commit(self, chunk: Chunk) -> None:
-        """See `Chunk.commit`."""
+    def commit(self, chunks: Sequence[Chunk]) -> None:
+        """`Chunk.commit` for several chunks; the host waits for the device once, not once per chunk.
+
+        Where one fails while its span is encoded, it is aborted, those before it are committed, those after it open.
+
+        Raises:
+            StateError: a chunk is not open, or one of its layers was never written; nothing changed.
+            NonFiniteError: chunks hold NaN or infinity; these were aborted, the others are still open.
+        """
         with self._lock, torch.no_grad():
-            commit_chunk(self, chunk)
+            self._check_chunks(0, chunks)
+            commit_chunks(self, chunks)
 
     def abort(self, chunk: Chunk) -> None:
         """See `Chunk.abort`."""

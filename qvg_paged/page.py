@@ -86,12 +86,12 @@ class PageStore:
                     group = self._pages(QUANTISED_FORMAT, span_frames, tenant, codebook)
                 except BaseException:
                     if codebook:
-                        self.pool.free(codebook.slot, Fence(None))
+                        self.pool.free(codebook.slot, Fence())
                     raise
                 groups.append(group)
                 taken += group
         except BaseException:
-            self.release(taken, Fence(None))
+            self.release(taken, Fence())
             raise
         return Reservation(taken[:scratch], groups)
 

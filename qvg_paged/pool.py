@@ -117,6 +117,7 @@ class SlabPool:
         self.buffer = torch.empty(geometry.nbytes, dtype=torch.uint8, device=device)
         self._fill = 0xFF if fill is FreeFill.POISON else 0
         self.buffer.fill_(self._fill)
+        self._filled = Fence.record(device)
         self._free_slabs = list(range(self.num_slabs))
         self._classes = {size: _SizeClass(size, self.slab_nbytes // size) for size in sorted(set(sizes))}
         self._live: dict[int, Slot] = {}
@@ -156,6 +157,7 @@ class SlabPool:
                 requested,
                 self.free_nbytes,
             )
+        self._filled.order_after()
 
     def allocate(self, nbytes: int, count: int, tenant: str) -> list[Slot]:
         """`count` slots of `nbytes`, all or none.
@@ -207,16 +209,23 @@ class SlabPool:
 
     def reclaim(self, *, wait: bool) -> None:
         """Take back returned slots whose fence has passed; with `wait`, order later work behind the others."""
-        waiting = []
+        ready, waiting = [], []
         for fence, slot in self._pending:
             if fence.passed():
-                self._put_back(slot)
+                ready.append(slot)
             elif wait:
                 fence.order_after()
-                self._put_back(slot)
+                ready.append(slot)
             else:
                 waiting.append((fence, slot))
         self._pending = waiting
+        if not ready:
+            return
+        # Whoever reclaims may be on another stream than whoever filled last or writes next: `require` waits for this.
+        self._filled.order_after()
+        for slot in ready:
+            self._put_back(slot)
+        self._filled = Fence.record(self.buffer.device)
 
     def _put_back(self, slot: Slot) -> None:
         self.bytes_of(slot).fill_(self._fill)

@@ -1,5 +1,8 @@
 """Writes a chunk's K and V into its scratch pages: one copy per tensor and layer, whatever the pages' places."""
 
+import math
+from functools import cached_property
+
 import torch
 
 from qvg_paged.kernels.layout import GRANULE, PageLayout
@@ -7,22 +10,35 @@ from qvg_paged.page import Page
 
 __all__ = ["ScratchWriter"]
 
-UNIT = 128
-"""Bytes per row of the copy: divides every page address and every row of 64 two-byte channels."""
+WORD = 8
 
 
 class ScratchWriter:
     """Scatters tokens of all frames of a chunk batch into unquantised pages."""
 
     def __init__(self, buffer: torch.Tensor, layout: PageLayout, pages: list[Page]) -> None:
-        self._rows = buffer.view(-1, UNIT)
+        # Bytes per row of the copy: divides every page address and every part of a page, at least 128 of them.
+        self._row_nbytes = math.gcd(GRANULE, layout.key.nbytes)
+        self._rows = buffer.view(torch.int64).view(-1, self._row_nbytes // WORD)
         self._layout = layout
-        first = torch.tensor([page.id * (GRANULE // UNIT) for page in pages])
-        inside = torch.arange(layout.key.nbytes // UNIT)
-        self._index = (first[:, None] + inside).flatten().to(buffer.device, non_blocking=True)
+        self._pages = [page.id * (GRANULE // self._row_nbytes) for page in pages]
+
+    @cached_property
+    def _index(self) -> torch.Tensor:
+        """Row of the pool for each row of K, in layer 0."""
+        device = self._rows.device
+        first = torch.tensor(self._pages).to(device, non_blocking=True)
+        return (first[:, None] + torch.arange(self._layout.key.nbytes // self._row_nbytes, device=device)).flatten()
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store `k`, `v` ``[frames * tokens, heads, head_dim]`` of `layer`."""
         for x, offset in ((k, self._layout.key_offset(layer)), (v, self._layout.value_offset(layer))):
-            rows = x.contiguous().view(torch.uint8).view(-1, UNIT)
-            self._rows[offset // UNIT :].index_copy_(0, self._index, rows)
+            rows = _words(x).view(-1, self._rows.shape[1])
+            self._rows[offset // self._row_nbytes :].index_copy_(0, self._index, rows)
+
+
+def _words(x: torch.Tensor) -> torch.Tensor:
+    x = x.contiguous()
+    if x.data_ptr() % WORD or x.storage_offset() * x.itemsize % WORD:
+        x = x.clone()
+    return x.view(torch.int64)

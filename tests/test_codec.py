@@ -142,7 +142,7 @@ def test_balancing_keeps_quality_where_a_few_channels_are_large() -> None:
         error = [(read[0] - x).square().mean(), ((read[1] / gain) - x).square().mean()]
         lost[name] = float(10 * torch.log10(error[1] / error[0]))
     assert lost["balanced"] < 1
-    assert lost["plain"] > 4
+    assert lost["plain"] > 2
 
 
 @pytest.mark.parametrize("pairing", [None, *RoPELayout])

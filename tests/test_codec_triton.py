@@ -3,7 +3,13 @@
 In the interpreter with float16 and float32; on a GPU with bfloat16 too, and the CPU's bytes against the GPU's.
 """
 
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +76,24 @@ def test_launchers_and_twins_agree_bit_for_bit(case: int, dtype: torch.dtype) ->
     )
     assert torch.equal(twin.buffer, launched.buffer)
     assert agree(decoded(twin, Backend.TORCH, dtype), decoded(twin, Backend.TRITON, dtype))
+
+
+def test_the_kernels_compile_for_hopper_once_per_codec() -> None:
+    """Neither the group of heads, nor the first page of a run, nor the layer makes another variant."""
+    script = Path(__file__).parent / "compile_codec.py"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stderr[-2000:]
+    compiled = json.loads(done.stdout)
+    assert all(row["shared"] <= 227 * 1024 and max(row["grid"][1:]) < 1 << 16 for row in compiled)
+    variants = Counter((row["kernel"], row["codec"], row["dtype"], row["head_dim"]) for row in compiled)
+    assert {kernel for kernel, *_ in variants} == {
+        "_assign_kernel", "_sum_kernel", "_pack_kernel", "_decode_kernel", "_dense_kernel"
+    }  # fmt: skip
+    for (kernel, *_), count in variants.items():
+        assert count == (2 if kernel in ("_decode_kernel", "_dense_kernel") else 1)  # rotated or not
 
 
 def test_triton_refuses_head_dims_it_has_no_tile_for() -> None:

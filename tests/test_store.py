@@ -65,6 +65,28 @@ def test_everything_a_chunk_may_need_is_reserved_before_anything_is_written() ->
     assert cache.stats().peak_nbytes == before + reserved
 
 
+def test_chunks_committed_together_leave_what_one_after_another_leave() -> None:
+    digests = []
+    for together in (True, False):
+        cache = make_cache()
+        streams = [cache.open(name, window=WINDOW) for name in "ab"]
+        for step in range(3):
+            chunks = cache.begin_chunks(streams, 2)
+            for number, chunk in enumerate(chunks):
+                write(chunk, [10 * step + number, 10 * step + number + 5])
+            if together:
+                cache.commit(chunks)
+            else:
+                for chunk in chunks:
+                    chunk.commit()
+        assert all(quantised(stream) for stream in streams)
+        digests.append([stream.digests() for stream in streams])
+        cache.check_integrity()
+    assert digests[0] == digests[1]
+    with pytest.raises(StateError, match="committed; begin another"):
+        cache.commit(chunks)
+
+
 def test_every_step_overwrites_the_scratch_and_only_the_last_one_becomes_history() -> None:
     cache = make_cache()
     stream = cache.open("a", window=WINDOW)

@@ -12,6 +12,7 @@ from qvg_paged import (
     ArgumentError,
     CacheConfig,
     Chunk,
+    ChunkState,
     ConfigError,
     IntegrityError,
     KVCacheManager,
@@ -121,6 +122,23 @@ def test_a_chunk_with_numbers_that_are_not_finite_is_aborted_and_no_other_byte_c
             assert books(cache) == before
             assert (good.digests(), bad.digests()) == digests
             grow(bad, 3)
+
+
+def test_of_chunks_committed_together_only_the_broken_ones_are_aborted() -> None:
+    cache = make_cache()
+    streams = [cache.open(name, window=WINDOW) for name in ("good", "nan", "infinite")]
+    for stream in streams:
+        grow(stream, 2)
+    chunks = cache.begin_chunks(streams, 1)
+    for chunk, factor in zip(chunks, (1.0, float("nan"), float("inf")), strict=True):
+        for layer, (k, v) in enumerate(content(cache.model, 3)):
+            chunk.write(layer, k, v * factor)
+    with pytest.raises(NonFiniteError, match=r"stream 'nan', frames 2-2 of stream 'infinite' hold .* were aborted"):
+        cache.commit(chunks)
+    assert [chunk.state for chunk in chunks] == [ChunkState.OPEN, ChunkState.ABORTED, ChunkState.ABORTED]
+    cache.commit(chunks[:1])
+    assert [stream.committed for stream in streams] == [3, 2, 2]
+    cache.check_integrity()
 
 
 def test_a_number_overwritten_before_the_commit_does_no_harm() -> None:
