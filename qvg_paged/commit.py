@@ -73,7 +73,8 @@ def _commit(manager: "KVCacheManager", chunk: Chunk) -> None:
 def _not_finite(manager: "KVCacheManager", chunks: Sequence[Chunk]) -> list[Chunk]:
     """Chunks with NaN or infinity: a reduction per scratch page, whose minimum or maximum is NaN if any value is."""
     layout, buffer = manager.layouts[DENSE_FORMAT], manager.store.pool.buffer
-    owners, ends = [], []
+    owners: list[Chunk] = []
+    ends: list[torch.Tensor] = []
     for chunk in chunks:
         for page in chunk.reservation.scratch:
             start = page.id * GRANULE
