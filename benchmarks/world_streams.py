@@ -20,6 +20,7 @@ from world_model.world import RETURN_PATHS, camera_paths, make_worlds, render
 from qvg_paged import (
     CacheConfig,
     Chunk,
+    ChunkState,
     ConfigError,
     KVCacheManager,
     ModelSpec,
@@ -228,16 +229,20 @@ class WorldEngine:
 
         Raises:
             OutOfMemoryError: the pool cannot hold all of these chunks; no stream has moved.
+            QvgPagedError: a commit failed; streams whose frame was committed have moved, the others have not.
         """
         chunks = self.cache.begin_chunks([stream.stream for stream in streams])
         try:
             with self._autocast():
                 frames = self._frames(streams, chunks)
                 self._forward(frames, 0.0, streams, chunks)
-            self.cache.commit(chunks)
-            for stream, chunk, frame in zip(streams, chunks, frames, strict=True):
-                stream.last_read = HistoryRead.of(chunk)
-                stream.video.append(frame)
+            try:
+                self.cache.commit(chunks)
+            finally:  # a commit of several may fail after some
+                for stream, chunk, frame in zip(streams, chunks, frames, strict=True):
+                    if chunk.state is ChunkState.COMMITTED:
+                        stream.last_read = HistoryRead.of(chunk)
+                        stream.video.append(frame)
         finally:
             for chunk in chunks:
                 self.cache.abort(chunk)  # does nothing to a committed chunk

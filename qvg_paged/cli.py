@@ -174,7 +174,8 @@ def info(
             "paths": describe_paths(),
             "formats": describe_formats(spec, span_frames),
         }
-    console.print(table("Machine", ["what", "here"], [[key, str(value)] for key, value in found["machine"].items()], left=2))
+    facts = [[key, str(value)] for key, value in found["machine"].items()]
+    console.print(table("Machine", ["what", "here"], facts, left=2))
     console.print(table("Attention paths", ["path", "here"], [[*item] for item in found["paths"].items()], left=2))
     title = f"Formats: spans of {span_frames} frames of {tokens_per_frame} tokens, {heads} heads of {head_dim}, BF16"
     costs = [

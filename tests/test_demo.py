@@ -126,6 +126,19 @@ def test_a_chunk_that_fails_leaves_every_stream_where_it_was(model: WorldModel) 
     engine.cache.check_integrity()
 
 
+def test_a_commit_that_fails_halfway_leaves_frames_and_videos_in_step(model: WorldModel) -> None:
+    engine = WorldEngine(model, cache_for(2, format="qvg4-int2"), steps=1)
+    streams = [engine.open(shot) for shot in shots()]
+    engine.advance(streams)
+    layers = TINY.layers  # the first stream's span is encoded, the second one's fails
+    with inject_fault("encode.layer", NonFiniteError("broken"), skip=layers), pytest.raises(NonFiniteError):
+        engine.advance(streams)
+    assert [len(stream.video) for stream in streams] == [stream.frame for stream in streams] == [2, 1]
+    engine.advance(streams)
+    assert [stream.frame for stream in streams] == [3, 2]
+    engine.cache.check_integrity()
+
+
 def test_the_share_of_history_read_quantised_counts_closed_spans(model: WorldModel) -> None:
     engine = WorldEngine(model, cache_for(1, format="qvg4-int2"), steps=1)
     stream = engine.open(shots(1)[0])
