@@ -235,7 +235,7 @@ class WorldEngine:
         try:
             with self._autocast():
                 frames = self._frames(streams, chunks)
-                self._forward(frames, 0.0, streams, chunks)
+                self._forward(frames, 0.0, self._conditions(streams), chunks)
             try:
                 self.cache.commit(chunks)
             finally:  # a commit of several may fail after some
@@ -263,19 +263,25 @@ class WorldEngine:
 
     def _denoise(self, streams: Sequence[WorldStream], chunks: Sequence[Chunk]) -> Tensor:
         x = torch.stack([stream.shot.noise(stream.frame) for stream in streams]).to(self.cache.device)
+        conditions = self._conditions(streams)
         for level, next_level in zip(self.levels[:-1], self.levels[1:], strict=True):
-            clean = self._forward(x, level, streams, chunks)
+            clean = self._forward(x, level, conditions, chunks)
             x = clean + (x - clean) * (next_level / level)
         return x.clamp(-1, 1)
 
-    def _forward(self, x: Tensor, level: float, streams: Sequence[WorldStream], chunks: Sequence[Chunk]) -> Tensor:
-        """The model's idea of the clean frames; K and V of every layer are written to the chunks on the way."""
+    def _conditions(self, streams: Sequence[WorldStream]) -> tuple[Tensor, Tensor, Tensor]:
+        """Poses of the next frames, reference poses, numbers of the next frames: uploaded once, not in every step."""
         device = self.cache.device
         pose = torch.stack([stream.shot.poses[stream.frame] for stream in streams]).to(device)[:, None]
         reference = torch.stack([stream.shot.poses[0] for stream in streams]).to(device)[:, None]
-        first_frame = torch.tensor([stream.frame for stream in streams], device=device)
-        t = torch.full((len(streams), 1), level, device=device)
-        clean: Tensor = self.model(x[:, None], t, pose, reference, first_frame, self._attend(chunks))
+        return pose, reference, torch.tensor([stream.frame for stream in streams]).to(device, non_blocking=True)
+
+    def _forward(
+        self, x: Tensor, level: float, conditions: tuple[Tensor, Tensor, Tensor], chunks: Sequence[Chunk]
+    ) -> Tensor:
+        """The model's idea of the clean frames; K and V of every layer are written to the chunks on the way."""
+        t = torch.full((len(x), 1), level, device=self.cache.device)
+        clean: Tensor = self.model(x[:, None], t, *conditions, self._attend(chunks))
         return clean[:, 0].float()
 
     def _attend(self, chunks: Sequence[Chunk]) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
