@@ -1,4 +1,4 @@
-"""Triton launchers of k-means: nearest centroids, and sums of the tokens of every centroid.
+"""Triton launchers of k-means: nearest centroids, and means of the tokens of every centroid.
 
 Residuals are ``[heads, tokens, head_dim]``, centroids ``[heads, num_centroids, head_dim]`` bfloat16. Both products run
 on tensor cores with float32 accumulation where the residual is bfloat16 (every factor is then exact), in IEEE float32
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from qvg_paged.kernels.errors import ArgumentError
 
-__all__ = ["assign_centroids", "centroid_sums", "check_power_of_two"]
+__all__ = ["assign_centroids", "centroid_means", "check_power_of_two"]
 
 SUM_TOKENS = 2048
 
@@ -91,6 +91,26 @@ def _sum_kernel(
     tl.store(counts_ptr + place, counts, mask=row < num_centroids)
 
 
+@triton.jit
+def _mean_kernel(
+    means_ptr, sums_ptr, counts_ptr, centroids_ptr, runs, num_centroids, D: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    channel = tl.arange(0, D)
+    known = row < num_centroids
+    total = tl.zeros((BLOCK_K, D), tl.float32)
+    count = tl.zeros((BLOCK_K,), tl.float32)
+    for run in range(runs):
+        place = (head * runs + run) * num_centroids + row
+        total += tl.load(sums_ptr + place[:, None] * D + channel, mask=known[:, None], other=0.0)  # [K, D]
+        count += tl.load(counts_ptr + place, mask=known, other=0.0)  # [K]
+    at = (head * num_centroids + row[:, None]) * D + channel
+    kept = tl.load(centroids_ptr + at, mask=known[:, None], other=0.0).to(tl.float32)  # [K, D]
+    mean = tl.div_rn(total, tl.maximum(count, 1.0)[:, None] + tl.zeros((BLOCK_K, D), tl.float32))
+    tl.store(means_ptr + at, tl.where((count == 0.0)[:, None], kept, mean), mask=known[:, None])
+
+
 def _dot_dtype(residual: torch.Tensor) -> tl.dtype:
     return tl.bfloat16 if residual.dtype is torch.bfloat16 else tl.float32
 
@@ -105,10 +125,10 @@ def assign_centroids(residual: torch.Tensor, centroids: torch.Tensor, ids: torch
     )  # fmt: skip
 
 
-def centroid_sums(residual: torch.Tensor, ids: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor) -> None:
-    """Write sums and numbers of the tokens of every centroid; arguments as in the twin."""
+def centroid_means(residual: torch.Tensor, ids: torch.Tensor, centroids: torch.Tensor, means: torch.Tensor) -> None:
+    """Write the mean of the tokens of every centroid; arguments as in the twin."""
     heads, tokens, dim = residual.shape
-    count = sums.shape[1]
+    count = means.shape[1]
     check_power_of_two(dim)
     runs = triton.cdiv(tokens, SUM_TOKENS)
     partial = torch.empty((heads, runs, count, dim), dtype=torch.float32, device=residual.device)
@@ -119,5 +139,6 @@ def centroid_sums(residual: torch.Tensor, ids: torch.Tensor, sums: torch.Tensor,
         D=dim, RUN=min(SUM_TOKENS, triton.next_power_of_2(max(tokens, 32))), BLOCK_T=32, BLOCK_K=block,
         DOT=_dot_dtype(residual), num_warps=4 if dim <= 128 else 8,
     )  # fmt: skip
-    torch.sum(partial, 1, out=sums)
-    torch.sum(members, 1, out=counts)
+    _mean_kernel[(triton.cdiv(count, 16), heads)](
+        means, partial, members, centroids, runs, count, D=dim, BLOCK_K=16, num_warps=4
+    )

@@ -32,7 +32,7 @@ class Centroids:
 
 
 def launchers(triton: bool) -> ModuleType:
-    """Module with `assign_centroids` and `centroid_sums`: the Triton launchers or their twins."""
+    """Module with `assign_centroids` and `centroid_means`: the Triton launchers or their twins."""
     if not triton:
         return reference
     from qvg_paged.kernels import _kmeans_triton  # noqa: PLC0415 - triton is only loaded where it is used
@@ -89,14 +89,12 @@ def fit(
         triton: whether the Triton launchers are used.
     """
     run = launchers(triton)
+    initial = initial.contiguous()
     centroids = round_centroids(initial, kind)
-    sums = torch.empty_like(initial)
-    counts = torch.empty_like(initial[..., 0])
+    means = torch.empty_like(initial)
     for _ in range(iterations):
         run.assign_centroids(residual, centroids.values, ids)
-        run.centroid_sums(residual, ids, sums, counts)
-        sums.div_(counts.clamp(min=1.0)[..., None])
-        empty = (counts == 0)[..., None]
-        centroids = round_centroids(torch.where(empty, centroids.values.float(), sums), kind)
+        run.centroid_means(residual, ids, centroids.values, means)
+        centroids = round_centroids(means, kind)
     run.assign_centroids(residual, centroids.values, ids)
     return centroids

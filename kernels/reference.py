@@ -12,7 +12,7 @@ from qvg_paged.kernels.formats import CentroidType
 from qvg_paged.kernels.layout import GRANULE, PLANE_ALIGNMENT, PartLayout, Plane
 from qvg_paged.kernels.rope import RoPELayout, RoPETables
 
-__all__ = ["assign_centroids", "centroid_sums", "decode_pages", "quantise_pack"]
+__all__ = ["assign_centroids", "centroid_means", "decode_pages", "quantise_pack"]
 
 SLICE_TOKENS = 4096
 """Tokens times heads that are worked on at once."""
@@ -44,17 +44,16 @@ def assign_centroids(residual: torch.Tensor, centroids: torch.Tensor, ids: torch
         ids[:, start : start + step] = scores.argmin(-1)
 
 
-def centroid_sums(residual: torch.Tensor, ids: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor) -> None:
-    """Write the sum and the number of the tokens of every centroid, in an order that never changes.
+def centroid_means(residual: torch.Tensor, ids: torch.Tensor, centroids: torch.Tensor, means: torch.Tensor) -> None:
+    """Write the mean of the tokens of every centroid, summed in an order that never changes.
 
     Args:
         residual: ``[heads, tokens, head_dim]``.
         ids: ``[heads, tokens]`` uint8.
-        sums: ``[heads, num_centroids, head_dim]`` float32, written.
-        counts: ``[heads, num_centroids]`` float32, written.
+        centroids: ``[heads, num_centroids, head_dim]`` bfloat16, as decoded; one without tokens keeps its place.
+        means: ``[heads, num_centroids, head_dim]`` float32, written.
     """
-    sums.zero_()
-    counts.zero_()
+    sums, counts = torch.zeros_like(means), means.new_zeros(means.shape[:2])
     heads, tokens, _ = residual.shape
     step = slice_tokens(heads)
     for start in range(0, tokens, step):
@@ -63,6 +62,8 @@ def centroid_sums(residual: torch.Tensor, ids: torch.Tensor, sums: torch.Tensor,
         member.scatter_(2, ids[:, start : start + step, None].long(), 1.0)
         sums.baddbmm_(member.transpose(1, 2), x)
         counts += member.sum(1)
+    sums.div_(counts.clamp(min=1.0)[..., None])
+    torch.where((counts == 0)[..., None], centroids.float(), sums, out=means)
 
 
 def quantise_pack(

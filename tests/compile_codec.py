@@ -83,9 +83,8 @@ def launch_codec(codec: Codec, dtype: torch.dtype, dim: int) -> None:
             residual = torch.zeros(heads, span, dim, dtype=dtype)
             ids = torch.zeros(max(codec.stages, 1), heads, span, dtype=torch.uint8)
             centroids = torch.zeros(heads, layout.num_centroids, dim, dtype=torch.bfloat16)
-            sums, counts = torch.zeros(centroids.shape), torch.zeros(centroids.shape[:2])
             _kmeans_triton.assign_centroids(residual, centroids, ids[0])
-            _kmeans_triton.centroid_sums(residual, ids[0], sums, counts)
+            _kmeans_triton.centroid_means(residual, ids[0], centroids, torch.zeros(centroids.shape))
             _encode_triton.quantise_pack(residual, ids, layout, buffer, offsets, first)
     spec = RoPESpec(head_dim=dim, grid=GRID)
     for rope in (None, spec.tables([float(i) for i in range(8)])):

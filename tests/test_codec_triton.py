@@ -90,7 +90,7 @@ def test_the_kernels_compile_for_hopper_once_per_codec() -> None:
     assert all(row["shared"] <= 227 * 1024 and max(row["grid"][1:]) < 1 << 16 for row in compiled)
     variants = Counter((row["kernel"], row["codec"], row["dtype"], row["head_dim"]) for row in compiled)
     assert {kernel for kernel, *_ in variants} == {
-        "_assign_kernel", "_sum_kernel", "_pack_kernel", "_decode_kernel", "_dense_kernel"
+        "_assign_kernel", "_sum_kernel", "_mean_kernel", "_pack_kernel", "_decode_kernel", "_dense_kernel"
     }  # fmt: skip
     for (kernel, *_), count in variants.items():
         assert count == (2 if kernel in ("_decode_kernel", "_dense_kernel") else 1)  # rotated or not
