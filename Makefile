@@ -40,7 +40,7 @@ eval: $(READY)
 test: lint types unit
 
 unit: $(READY)
-	$(BIN)/pytest -m 'not gpu' --benchmark-skip $(ARGS)
+	$(BIN)/pytest -m 'not gpu' --benchmark-disable $(ARGS)
 
 gpu-test: $(READY)
 	$(BIN)/pytest -m gpu $(ARGS)
