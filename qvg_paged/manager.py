@@ -18,17 +18,15 @@ from qvg_paged.chunk import Chunk, ChunkState
 from qvg_paged.commit import commit_chunks
 from qvg_paged.config import CacheConfig, ModelSpec, Window
 from qvg_paged.encoder import SpanEncoder
-from qvg_paged.errors import ArgumentError, IntegrityError, StateError
+from qvg_paged.errors import ArgumentError, StateError
 from qvg_paged.events import CacheEvent, EventKind, fault_point
 from qvg_paged.kernels.attention import AttentionPath, paged_attention
 from qvg_paged.kernels.block_table import BlockTable
-from qvg_paged.kernels.decode import decode_pages
-from qvg_paged.kernels.digest import digest_bytes
-from qvg_paged.kernels.layout import GRANULE
 from qvg_paged.page import DENSE_FORMAT, Page, PageStore
 from qvg_paged.pool import SlabPool
+from qvg_paged.reader import page_digest, read_pages
 from qvg_paged.scratch import ScratchWriter
-from qvg_paged.stats import CacheStats, stream_stats, tenant_nbytes
+from qvg_paged.stats import CacheStats, cache_stats, stream_stats
 from qvg_paged.stream import Stream
 from qvg_paged.timeline import Demand
 
@@ -57,6 +55,7 @@ class KVCacheManager:
         self.config = config
         self.budget = Budget.split(model, config)
         self.layouts = page_layouts(model, config)
+        self._dense = self.layouts[DENSE_FORMAT]
         device = torch.empty(0, device=cast(torch.device, config.device)).device
         sizes = [size for size in object_counts(self.layouts, Demand(1, 1, 1)) if size]
         self._pool = SlabPool(self.budget.slabs, sizes, device, config.free_fill)
@@ -168,7 +167,7 @@ class KVCacheManager:
             indptr=(0, len(pages)),
             device=self.device,
         )
-        writer = ScratchWriter(self._pool.buffer, self.layouts[DENSE_FORMAT], reservation.scratch)
+        writer = ScratchWriter(self._pool.buffer, self._dense, reservation.scratch)
         chunk = stream.chunk = Chunk(stream, frames, visible, table, reservation, writer)
         self.send([self.event(EventKind.ALLOCATE, stream, frames, reservation.pages)])
         return chunk
@@ -233,7 +232,7 @@ class KVCacheManager:
         key = tuple(id(chunk) for chunk in chunks)
         if key not in self._batches:
             pages = [page for chunk in chunks for page in chunk.reservation.scratch]
-            writer = ScratchWriter(self._pool.buffer, self.layouts[DENSE_FORMAT], pages)
+            writer = ScratchWriter(self._pool.buffer, self._dense, pages)
             self._batches[key] = (BlockTable.concat([chunk.table for chunk in chunks]), writer)
         return self._batches[key]
 
@@ -323,66 +322,33 @@ class KVCacheManager:
             if missing:
                 raise ArgumentError(f"frames: expected frames that are still stored, got {missing}")
             self.encoder.order_after()
-            model = self.model
-            shape = (len(wanted), model.tokens_per_frame, model.num_kv_heads, model.head_dim)
-            out_k, out_v = (torch.empty(shape, dtype=dtype or model.dtype, device=self.device) for _ in range(2))
-            for place, frame in enumerate(wanted):
-                self._decode(stream.pages[frame], layer, out_k[place], out_v[place])
-            return out_k.flatten(0, 1), out_v.flatten(0, 1)
-
-    def _decode(self, page: Page, layer: int, out_k: torch.Tensor, out_v: torch.Tensor) -> None:
-        layout = self.layouts[page.format]
-        ids = torch.tensor([[page.id], [page.codebook_id]], dtype=torch.int32).to(self.device)
-        for part, offset, book, out in (
-            (layout.key, layout.key_offset(layer), layout.key_codebook_offset(layer), out_k),
-            (layout.value, layout.value_offset(layer), layout.value_codebook_offset(layer), out_v),
-        ):
-            decode_pages(self._pool.buffer, ids[0], ids[1], part, offset, book, out)
+            pages = [stream.pages[frame] for frame in wanted]
+            return read_pages(self._pool.buffer, self.layouts, pages, layer, dtype or self.model.dtype)
 
     def digests(self, stream: Stream) -> dict[int, int]:
         """See `Stream.digests`."""
         with self._lock:
             stream.require_open()
             self.encoder.order_after()
-            return {frame: self._digest(page) for frame, page in stream.pages.items()}
-
-    def _digest(self, page: Page) -> int:
-        buffer, layout = self._pool.buffer, self.layouts[page.format]
-        digest = digest_bytes(buffer, page.id * GRANULE, layout.num_layers * layout.layer_nbytes)
-        if page.codebook:
-            start = page.codebook_id * GRANULE
-            digest ^= digest_bytes(buffer, start, layout.num_layers * layout.codebook_layer_nbytes)
-        return digest
+            buffer, layouts = self._pool.buffer, self.layouts
+            return {frame: page_digest(buffer, layouts[page.format], page) for frame, page in stream.pages.items()}
 
     def stats(self) -> CacheStats:
         """Books of the moment."""
         with self._lock:
             self._pool.reclaim(wait=False)
-            dense = self.layouts[DENSE_FORMAT].page_nbytes
-            return CacheStats(
-                budget=self.budget,
-                used_nbytes=self._pool.used_nbytes,
-                peak_nbytes=self._pool.peak_nbytes,
-                free_nbytes=self._pool.free_nbytes,
-                tenant_nbytes=tenant_nbytes(self._pool),
-                streams={
-                    stream.id: stream_stats(stream.tenant, stream.committed, stream.pages.values(), dense)
-                    for stream in self.streams.values()
-                },
-            )
+            streams = {
+                stream.id: stream_stats(stream.tenant, stream.committed, stream.pages.values(), self._dense.page_nbytes)
+                for stream in self.streams.values()
+            }
+            return cache_stats(self.budget, self._pool, streams)
 
     def check_integrity(self) -> None:
         """Walk all books and raise `IntegrityError` if a byte, an owner or a codebook is not accounted for."""
         with self._lock:
             held: list[Page] = []
             for stream in self.streams.values():
-                own = list(stream.pages.values())
-                if stream.chunk is not None:
-                    own += stream.chunk.reservation.pages
-                foreign = [page.id for page in own if page.slot.tenant != stream.tenant]
-                if foreign:
-                    raise IntegrityError(f"stream {stream.id!r} of {stream.tenant!r}: pages {foreign} are not its own")
-                held += own
+                held += stream.held()
             self.store.check_integrity(held)
 
     @staticmethod

@@ -7,7 +7,7 @@ from qvg_paged.budget import Budget
 from qvg_paged.page import Codebook, Page
 from qvg_paged.pool import SlabPool
 
-__all__ = ["CacheStats", "StreamStats", "stream_stats"]
+__all__ = ["CacheStats", "StreamStats", "cache_stats", "stream_stats"]
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,16 @@ def stream_stats(tenant: str, committed: int, pages: Iterable[Page], dense_page_
     )
 
 
-def tenant_nbytes(pool: SlabPool) -> dict[str, int]:
-    """Live bytes by tenant."""
-    totals: dict[str, int] = {}
+def cache_stats(budget: Budget, pool: SlabPool, streams: dict[str, StreamStats]) -> CacheStats:
+    """Books of a manager."""
+    tenants: dict[str, int] = {}
     for slot in pool.live().values():
-        totals[slot.tenant] = totals.get(slot.tenant, 0) + slot.nbytes
-    return totals
+        tenants[slot.tenant] = tenants.get(slot.tenant, 0) + slot.nbytes
+    return CacheStats(
+        budget=budget,
+        used_nbytes=pool.used_nbytes,
+        peak_nbytes=pool.peak_nbytes,
+        free_nbytes=pool.free_nbytes,
+        tenant_nbytes=tenants,
+        streams=streams,
+    )

@@ -7,7 +7,7 @@ import torch
 
 from qvg_paged.chunk import Chunk
 from qvg_paged.config import Window
-from qvg_paged.errors import ArgumentError, StateError
+from qvg_paged.errors import ArgumentError, IntegrityError, StateError
 from qvg_paged.page import Page
 from qvg_paged.timeline import Timeline
 
@@ -71,6 +71,18 @@ class Stream:
             ArgumentError: a frame is not stored, or `frames` is out of range.
         """
         return self.manager.begin_chunks([self], frames, retrieve=retrieve, positions=positions)[0]
+
+    def held(self) -> list[Page]:
+        """Every page the stream owns, those of its open chunk included.
+
+        Raises:
+            IntegrityError: one belongs to another tenant.
+        """
+        pages = list(self.pages.values()) + (self.chunk.reservation.pages if self.chunk else [])
+        foreign = [page.id for page in pages if page.slot.tenant != self.tenant]
+        if foreign:
+            raise IntegrityError(f"stream {self.id!r} of {self.tenant!r}: pages {foreign} are not its own")
+        return pages
 
     def visible(self, retrieve: Sequence[int] = ()) -> tuple[int, ...]:
         """Frames the next chunk attends to, ascending.
