@@ -5,20 +5,20 @@ calls of a manager go to one CUDA stream at a time, the caller's current one; wh
 is reused only behind everything launched before it was returned. One manager per device or rank.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from threading import RLock
 from typing import cast
 
 import torch
 
+from qvg_paged.begin import begin_chunks
 from qvg_paged.budget import Budget, object_counts, page_layouts, stream_timeline
 from qvg_paged.checks import check_kv, check_layer, check_queries
 from qvg_paged.chunk import Chunk, ChunkState
 from qvg_paged.commit import commit_chunks
 from qvg_paged.config import CacheConfig, ModelSpec, Window
 from qvg_paged.encoder import SpanEncoder
-from qvg_paged.errors import ArgumentError, StateError
+from qvg_paged.errors import ArgumentError
 from qvg_paged.events import CacheEvent, EventKind, fault_point
 from qvg_paged.kernels.attention import AttentionPath, paged_attention
 from qvg_paged.kernels.block_table import BlockTable
@@ -117,60 +117,7 @@ class KVCacheManager:
     ) -> list[Chunk]:
         """Open a chunk on each stream, all or none: CFG branches begin together. See `Stream.begin_chunk`."""
         with self._lock:
-            count = self.model.frames_per_chunk if frames is None else frames
-            if not isinstance(count, int) or not 1 <= count <= self.model.frames_per_chunk:
-                raise ArgumentError(
-                    f"frames: expected 1 to frames_per_chunk={self.model.frames_per_chunk}, got {count}"
-                )
-            if len(set(streams)) != len(streams):
-                raise ArgumentError("streams: expected each stream once")
-            overrides = _check_positions(positions)
-            visible = [self._ready(stream, retrieve) for stream in streams]
-            spans = [self._closing_spans(stream, count) for stream in streams]
-            total = sum(spans)
-            self.store.require(Demand(count * len(streams), total * self.config.span_frames, total))
-            try:
-                return [
-                    self._begin(stream, count, frames_seen, closing, overrides)
-                    for stream, frames_seen, closing in zip(streams, visible, spans, strict=True)
-                ]
-            except BaseException:
-                self._abort([stream.chunk for stream in streams if stream.chunk is not None])
-                raise
-
-    def _ready(self, stream: Stream, retrieve: Sequence[int]) -> tuple[int, ...]:
-        if stream.manager is not self:
-            raise ArgumentError(f"streams: expected streams of this manager, got {stream.id!r} of another")
-        stream.require_open()
-        if stream.chunk is not None:
-            raise StateError(f"stream: {stream.id!r} has an open chunk; commit or abort it first")
-        return stream.visible(retrieve)
-
-    @staticmethod
-    def _closing_spans(stream: Stream, frames: int) -> int:
-        timeline = stream.timeline
-        return timeline.closed_spans(stream.committed + frames) - timeline.closed_spans(stream.committed)
-
-    def _begin(
-        self, stream: Stream, count: int, visible: tuple[int, ...], closing: int, positions: Mapping[int, float]
-    ) -> Chunk:
-        frames = range(stream.committed, stream.committed + count)
-        fault_point("chunk.reserve")
-        reservation = self.store.reserve(stream.tenant, count, closing, self.config.span_frames)
-        self.encoder.order_after()
-        pages = [stream.pages[frame] for frame in visible] + reservation.scratch
-        table = BlockTable(
-            pages=tuple(page.id for page in pages),
-            codebooks=tuple(page.codebook_id for page in pages),
-            formats=tuple(page.format for page in pages),
-            positions=tuple(positions.get(frame, float(frame)) for frame in (*visible, *frames)),
-            indptr=(0, len(pages)),
-            device=self.device,
-        )
-        writer = ScratchWriter(self._pool.buffer, self._dense, reservation.scratch)
-        chunk = stream.chunk = Chunk(stream, frames, visible, table, reservation, writer)
-        self.send([self.event(EventKind.ALLOCATE, stream, frames, reservation.pages)])
-        return chunk
+            return begin_chunks(self, streams, frames, retrieve, positions)
 
     def attend(
         self, layer: int, chunks: Sequence[Chunk], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -266,9 +213,10 @@ class KVCacheManager:
         """See `Chunk.abort`."""
         with self._lock:
             if chunk.state is ChunkState.OPEN:
-                self._abort([chunk])
+                self.abort_all([chunk])
 
-    def _abort(self, chunks: list[Chunk]) -> None:
+    def abort_all(self, chunks: Sequence[Chunk]) -> None:
+        """Abort open chunks; their events go out together."""
         events: list[CacheEvent] = []
         for chunk in chunks:
             self.finish(chunk, ChunkState.ABORTED)
@@ -363,13 +311,3 @@ class KVCacheManager:
         if self.config.on_event is not None:
             for event in events:
                 self.config.on_event(event)
-
-
-def _check_positions(positions: Mapping[int, float] | None) -> dict[int, float]:
-    try:
-        values = {frame: float(position) for frame, position in (positions or {}).items()}
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ArgumentError(f"positions: expected a mapping from frame to position, got {positions!r}") from error
-    if not all(map(math.isfinite, values.values())):
-        raise ArgumentError(f"positions: expected finite numbers, got {values}")
-    return values

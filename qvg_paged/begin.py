@@ -1,0 +1,99 @@
+"""Begin of chunks: check, make room for all of them, then reserve; all or none."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from qvg_paged.chunk import Chunk
+from qvg_paged.errors import ArgumentError, StateError
+from qvg_paged.events import EventKind, fault_point
+from qvg_paged.kernels.block_table import BlockTable
+from qvg_paged.page import DENSE_FORMAT
+from qvg_paged.scratch import ScratchWriter
+from qvg_paged.timeline import Demand
+
+if TYPE_CHECKING:
+    from qvg_paged.manager import KVCacheManager
+    from qvg_paged.stream import Stream
+
+__all__ = ["begin_chunks"]
+
+
+def begin_chunks(
+    manager: "KVCacheManager",
+    streams: "Sequence[Stream]",
+    frames: int | None,
+    retrieve: Sequence[int],
+    positions: Mapping[int, float] | None,
+) -> list[Chunk]:
+    """See `KVCacheManager.begin_chunks`."""
+    most, span_frames = manager.model.frames_per_chunk, manager.config.span_frames
+    count = most if frames is None else frames
+    if not isinstance(count, int) or not 1 <= count <= most:
+        raise ArgumentError(f"frames: expected 1 to frames_per_chunk={most}, got {count}")
+    if len(set(streams)) != len(streams):
+        raise ArgumentError("streams: expected each stream once")
+    overrides = _check_positions(positions)
+    visible = [_ready(manager, stream, retrieve) for stream in streams]
+    spans = [_closing_spans(stream, count) for stream in streams]
+    total = sum(spans)
+    manager.store.require(Demand(count * len(streams), total * span_frames, total))
+    try:
+        return [
+            _begin(manager, stream, count, frames_seen, closing, overrides)
+            for stream, frames_seen, closing in zip(streams, visible, spans, strict=True)
+        ]
+    except BaseException:
+        manager.abort_all([stream.chunk for stream in streams if stream.chunk is not None])
+        raise
+
+
+def _ready(manager: "KVCacheManager", stream: "Stream", retrieve: Sequence[int]) -> tuple[int, ...]:
+    if stream.manager is not manager:
+        raise ArgumentError(f"streams: expected streams of this manager, got {stream.id!r} of another")
+    stream.require_open()
+    if stream.chunk is not None:
+        raise StateError(f"stream: {stream.id!r} has an open chunk; commit or abort it first")
+    return stream.visible(retrieve)
+
+
+def _closing_spans(stream: "Stream", frames: int) -> int:
+    timeline = stream.timeline
+    return timeline.closed_spans(stream.committed + frames) - timeline.closed_spans(stream.committed)
+
+
+def _begin(
+    manager: "KVCacheManager",
+    stream: "Stream",
+    count: int,
+    visible: tuple[int, ...],
+    closing: int,
+    positions: Mapping[int, float],
+) -> Chunk:
+    frames = range(stream.committed, stream.committed + count)
+    fault_point("chunk.reserve")
+    reservation = manager.store.reserve(stream.tenant, count, closing, manager.config.span_frames)
+    manager.encoder.order_after()
+    pages = [stream.pages[frame] for frame in visible] + reservation.scratch
+    table = BlockTable(
+        pages=tuple(page.id for page in pages),
+        codebooks=tuple(page.codebook_id for page in pages),
+        formats=tuple(page.format for page in pages),
+        positions=tuple(positions.get(frame, float(frame)) for frame in (*visible, *frames)),
+        indptr=(0, len(pages)),
+        device=manager.device,
+    )
+    writer = ScratchWriter(manager.store.pool.buffer, manager.layouts[DENSE_FORMAT], reservation.scratch)
+    chunk = stream.chunk = Chunk(stream, frames, visible, table, reservation, writer)
+    manager.send([manager.event(EventKind.ALLOCATE, stream, frames, reservation.pages)])
+    return chunk
+
+
+def _check_positions(positions: Mapping[int, float] | None) -> dict[int, float]:
+    try:
+        values = {frame: float(position) for frame, position in (positions or {}).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ArgumentError(f"positions: expected a mapping from frame to position, got {positions!r}") from error
+    if not all(map(math.isfinite, values.values())):
+        raise ArgumentError(f"positions: expected finite numbers, got {values}")
+    return values
