@@ -131,7 +131,7 @@ def test_formats_rank_as_their_bits_and_stages_promise() -> None:
 
 
 def test_balancing_keeps_quality_where_a_few_channels_are_large() -> None:
-    x = video_like(600, 1, 64)
+    x = video_like(600, 8, 64)
     gain = torch.ones(64)
     gain[10:14] = 20.0
     lost = {}
@@ -142,7 +142,7 @@ def test_balancing_keeps_quality_where_a_few_channels_are_large() -> None:
         error = [(read[0] - x).square().mean(), ((read[1] / gain) - x).square().mean()]
         lost[name] = float(10 * torch.log10(error[1] / error[0]))
     assert lost["balanced"] < 1
-    assert lost["plain"] > 2
+    assert lost["plain"] > 3
 
 
 @pytest.mark.parametrize("pairing", [None, *RoPELayout])
