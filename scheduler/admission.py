@@ -124,7 +124,7 @@ def squeeze(books: Books, advice: Advice) -> None:
             break
         if entry.id in state.running:
             books.park(entry, Reason.SQUEEZED, f"what runs needs more than {books.limit} bytes of the pool")
-            state.hold = True
+            state.hold = books.rules.config.hold_steps
 
 
 def _excess(books: Books, tenant: str) -> int:
@@ -190,7 +190,8 @@ def admit(books: Books, advice: Advice) -> tuple[list[Decision], list[Decision],
             gate = entry
         elif first is None and blocked[0] is not Reason.HOLD_OFF:
             first = entry
-    state.hold = state.hold and bool(state.parked)
+    if not state.parked:
+        state.hold = 0
     return admitted, resumed, waiting + books.parked
 
 
@@ -232,7 +233,8 @@ def _rights(books: Books, entry: Entry) -> tuple[Reason, str] | None:
         return Reason.QUOTA, (
             f"needs {entry.need_nbytes} bytes; its tenant {entry.tenant!r} is promised {held} of {ceiling} bytes"
         )
-    if state.hold and state.parked and entry.state is StreamState.QUEUED and state.running:
+    held_off = state.hold and state.parked and entry.state is StreamState.QUEUED and state.running
+    if held_off and not (books.has_floors and _is_claim(books, entry)):
         return Reason.HOLD_OFF, f"{len(state.parked)} streams are parked for want of memory; they come first"
     return None
 

@@ -29,6 +29,8 @@ class SchedulerConfig:
         max_parks: how often a stream may be parked without finishing a chunk in between.
         min_chunks: chunks a stream finishes, once it runs, before a policy may park it.
         headroom: share of the pool that admission leaves for the growth of those who run already.
+        hold_steps: steps for which no new streams are admitted once someone had to be parked for want of memory, unless
+            one leaves or all parked ones are back.
         overtakes: how many streams may overtake one that does not fit; 0 is strict order.
         default_tenant: rights of tenants that were not configured.
         max_tenants: most tenants known at a time.
@@ -44,6 +46,7 @@ class SchedulerConfig:
     max_parks: int = 3
     min_chunks: int = 1
     headroom: float = 0.05
+    hold_steps: int = 4
     overtakes: int = 0
     default_tenant: TenantSpec = field(default_factory=TenantSpec)
     max_tenants: int = 1024
@@ -54,7 +57,7 @@ class SchedulerConfig:
     policy_strikes: int = 5
 
     def __post_init__(self) -> None:
-        least = {"max_parks": 1, "min_chunks": 1, "overtakes": 0, "max_tenants": 1, "policy_strikes": 1}
+        least = {"max_parks": 1, "min_chunks": 1, "overtakes": 0, "hold_steps": 0, "max_tenants": 1, "policy_strikes": 1}
         if self.max_running is not None:
             least["max_running"] = 1
         for name, bound in least.items():

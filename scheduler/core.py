@@ -48,6 +48,7 @@ def decide(
     elapsed = now - state.now if state.charges else 0.0
     state.step += 1
     state.now = now
+    state.hold = max(0, state.hold - 1)
     _charge(rules, state, min(elapsed, rules.config.longest_charge))
     _note_times(state)
     _lift(state)

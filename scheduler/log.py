@@ -85,7 +85,7 @@ def describe_plan(state: State, plan: Plan, before: State) -> dict[str, Any]:
         "admitted": [decision.stream_id for decision in plan.admitted],
         "running": [_run(state, decision) for decision in plan.running],
         "waiting": _reasons(changed),
-        "hold": state.hold,
+        "hold": state.hold > 0,
         "fault": plan.policy_fault,
     }
 

@@ -29,7 +29,7 @@ class Reason(Enum):
     FLOOR = "floor"
     """What is free is promised to tenants that hold less than their floor."""
     HOLD_OFF = "hold off"
-    """Someone had to be parked: no new streams until one has left or all parked ones are back."""
+    """Someone had to be parked: no new streams for some steps, until one has left or all parked ones are back."""
     BEHIND = "behind"
     """A stream before it in line does not fit; nobody overtakes (head-of-line blocking)."""
     PARKED = "parked"

@@ -77,9 +77,11 @@ class FairShare:
 
     Args:
         quantum: chunks (of the dearest kind) by which a tenant must be ahead before its streams make room for another.
+            Where streams can be parked, service of two tenants in line never drifts apart by more than twice this and
+            the number of streams that run together, in chunks of the dearest kind.
     """
 
-    def __init__(self, quantum: float = 4.0) -> None:
+    def __init__(self, quantum: float = 2.0) -> None:
         self.quantum = quantum
 
     def rank(self, view: SystemView) -> Sequence[str]:

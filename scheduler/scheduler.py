@@ -78,6 +78,7 @@ class Scheduler:
                 "kind": "open",
                 "seed": seed,
                 "policy": type(policy).__name__,
+                "policy_settings": _settings(policy),
                 "reservation": self.reservation.value,
                 "pool_nbytes": cache.pool_nbytes,
                 "host_nbytes": self._rules.parking.host_nbytes if self._rules.parking else 0,
@@ -250,3 +251,9 @@ class Scheduler:
     def _write(self, record: dict[str, object]) -> None:
         if self._log is not None:
             self._log.append(record)
+
+
+def _settings(policy: Policy) -> dict[str, float]:
+    """Public numbers of a policy, for the log."""
+    values = getattr(policy, "__dict__", {}).items()
+    return {name: value for name, value in values if name[0] != "_" and type(value) in (int, float)}

@@ -121,7 +121,7 @@ class State:
         tenants: by name.
         limit: bytes that may be promised if less than the pool.
         leader: running stream that may not be parked; `leader_chunks` is how many chunks it had finished then.
-        hold: whether admission pauses because someone had to be parked.
+        hold: steps for which admission pauses because someone had to be parked.
         draining: whether new requests are refused.
         virtual_floor: least virtual time of tenants in line, never falling.
         dearest_chunk: most a chunk of one stream has cost.
@@ -137,7 +137,7 @@ class State:
     limit: int | None = None
     leader: str = ""
     leader_chunks: int = 0
-    hold: bool = False
+    hold: int = 0
     draining: bool = False
     virtual_floor: float = 0.0
     dearest_chunk: float = 0.0
@@ -174,7 +174,7 @@ class State:
     def end(self, entry: Entry, state: StreamState, reason: Reason, text: str, *, announced: bool = False) -> Entry:
         """Move a stream to a final state; what it held is free again once a plan has told of it."""
         if entry.id in self.running or entry.id in self.parked:
-            self.hold = False
+            self.hold = 0
         for group in (self.queued, self.running, self.parked):
             group.pop(entry.id, None)
         self.views.pop(entry.id, None)

@@ -84,7 +84,6 @@ class Checker:
     _draining: bool = False
     _calm: bool = True
     _dearest: float = 0.0
-    _dearest_weighted: float = 0.0
     _slots: int = 0
     _gaps: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
 
@@ -373,7 +372,6 @@ class Checker:
             owner.service += cost
             unit = cost if self._parks else stream.spent
             self._dearest = max(self._dearest, unit)
-            self._dearest_weighted = max(self._dearest_weighted, unit / owner.weight)
         self._slots = max(self._slots, len(self._held))
 
     def _follow_service(self) -> None:
@@ -394,9 +392,14 @@ class Checker:
 
     @property
     def gap_unit(self) -> float:
-        """U: the dearest unit that is not interrupted, by weight, times the streams that run together."""
+        """U: the dearest unit that is not interrupted, by weight, times the streams that run together.
+
+        A unit is a chunk where streams can be parked, and a policy may let tenants get ahead by some chunks before it
+        parks; elsewhere it is a whole stream.
+        """
         least = min((tenant.weight for tenant in self._tenants.values()), default=1.0)
-        return self._dearest / least * self._slots
+        ahead = self._open["policy_settings"].get("quantum", 0.0) if self._parks else 0.0
+        return self._dearest / least * (self._slots + ahead)
 
     def services(self) -> dict[str, tuple[float, float]]:
         """Cost units and weight of each tenant."""
