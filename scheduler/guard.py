@@ -110,6 +110,7 @@ def _serve(
     while (job := jobs.get()) is not None:
         number, call, most = job
         answers.put((number, _collect(call, most, BaseException)))  # by no means may a policy end the worker
+        del job, call  # they lead to the worker's owner, whose end would not come while this thread holds them
 
 
 class Recorded:

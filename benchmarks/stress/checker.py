@@ -112,7 +112,7 @@ class Checker:
 
     @property
     def _parks(self) -> bool:
-        return bool(self._open["reservation"] == "next chunk")
+        return self._open.get("reservation") == "next chunk"
 
     def _in(self, *states: str) -> dict[str, _Stream]:
         return {name: s for name, s in self._streams.items() if s.state in states}
@@ -324,7 +324,7 @@ class Checker:
             blocked = any(reasons[reason] for reason in SCARCE)
             self._expect("work conservation", blocked, f"{reasons['behind']} wait behind nobody")
         if reasons["hold off"]:
-            declared = plan["hold"] and bool(self._in("parked"))
+            declared = (plan["hold"] and bool(self._in("parked"))) or bool(plan["resumed"])
             self._expect("work conservation", declared, f"{reasons['hold off']} wait without need")
         self._expect("reasons", not reasons["queued"], f"not told why: {reasons['queued']}")
         idle = not self._planned and line and self._limit is None
