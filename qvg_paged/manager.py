@@ -71,6 +71,16 @@ class KVCacheManager:
         """Where the pool lives."""
         return self._pool.buffer.device
 
+    @property
+    def pool_nbytes(self) -> int:
+        """Bytes for pages and codebooks."""
+        return self.budget.pool
+
+    @property
+    def frames_per_chunk(self) -> int:
+        """Most frames denoised together."""
+        return self.model.frames_per_chunk
+
     def demand(self, window: Window, frames: int | None = None) -> Demand:
         """Most of each kind of pool object that a stream of `frames` frames (None: endless) ever holds.
 
@@ -83,10 +93,15 @@ class KVCacheManager:
         """Pool bytes of `demand`."""
         return sum(size * count for size, count in object_counts(self.layouts, demand).items())
 
-    def can_host(self, demands: Sequence[Demand]) -> bool:
-        """Whether streams with these worst cases can live together to their ends, whatever the order of events."""
+    def can_host(self, demands: Sequence[Demand], nbytes: int | None = None) -> bool:
+        """Whether streams with these worst cases can live together to their ends, whatever the order of events.
+
+        `nbytes` asks the same of a smaller pool.
+        """
         counts = object_counts(self.layouts, sum(demands, Demand()))
-        return self.budget.slabs.slabs_for(counts) <= self.budget.slabs.num_slabs
+        slabs = self.budget.slabs
+        usable = slabs.num_slabs if nbytes is None else min(slabs.num_slabs, nbytes // slabs.slab_nbytes)
+        return slabs.slabs_for(counts) <= usable
 
     def open(self, stream_id: str, *, tenant: str = "default", window: Window) -> Stream:
         """Open a stream; takes no memory before its first chunk.

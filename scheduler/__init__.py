@@ -1,19 +1,35 @@
-"""Who runs, who waits and who is refused: values in, values out, no tensors."""
+"""Who runs, who waits, who makes room and who is refused: values in, values out, no tensors."""
 
+from qvg_paged.scheduler.backend import CacheBackend, ParkingBackend
+from qvg_paged.scheduler.config import Reservation, SchedulerConfig
+from qvg_paged.scheduler.log import DecisionLog
 from qvg_paged.scheduler.plan import Decision, Outcome, Plan, Reason
-from qvg_paged.scheduler.policy import FCFS, Policy
-from qvg_paged.scheduler.request import StreamRequest, StreamState, WaitingStream
+from qvg_paged.scheduler.policy import FCFS, EarliestDeadline, FairShare, Policy, Priority
+from qvg_paged.scheduler.request import StreamRequest, StreamState
 from qvg_paged.scheduler.scheduler import Scheduler
+from qvg_paged.scheduler.tenant import TenantSpec
+from qvg_paged.scheduler.view import StreamView, SystemView, TenantView
 
 __all__ = [
     "FCFS",
+    "CacheBackend",
     "Decision",
+    "DecisionLog",
+    "EarliestDeadline",
+    "FairShare",
     "Outcome",
+    "ParkingBackend",
     "Plan",
     "Policy",
+    "Priority",
     "Reason",
+    "Reservation",
     "Scheduler",
+    "SchedulerConfig",
     "StreamRequest",
     "StreamState",
-    "WaitingStream",
+    "StreamView",
+    "SystemView",
+    "TenantSpec",
+    "TenantView",
 ]

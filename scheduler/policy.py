@@ -1,21 +1,33 @@
-"""The seam for policies: they see snapshots and return ids, and the core checks every answer."""
+"""Policies: who is next, and who makes room. They see snapshots and return ids, and the core checks every answer."""
 
 from collections.abc import Sequence
+from math import inf
 from typing import Protocol
 
-from qvg_paged.scheduler.request import WaitingStream
+from qvg_paged.scheduler.request import StreamState
+from qvg_paged.scheduler.view import StreamView, SystemView
 
-__all__ = ["FCFS", "Policy", "ranked"]
+__all__ = ["FCFS", "EarliestDeadline", "FairShare", "Policy", "Priority"]
 
 
 class Policy(Protocol):
-    """Who is next. A policy can make the system slow, never wrong."""
+    """Two questions. A policy can make the system slow, never wrong.
 
-    def rank(self, waiting: Sequence[WaitingStream]) -> Sequence[str]:
-        """Ids of all `waiting` streams, best first.
+    An exception, a late answer or a wrong one is replaced by that of `FCFS` and reported in ``Plan.policy_fault``;
+    after ``SchedulerConfig.policy_strikes`` of these the policy is not asked any more. See docs/policies.md.
+    """
 
-        `waiting` comes in order of arrival. An answer that is not a permutation of its ids, or an exception, is
-        replaced by that order and reported in ``Plan.policy_fault``.
+    def rank(self, view: SystemView) -> Sequence[str]:
+        """Ids of all ``view.waiting`` streams, each once, best first."""
+        ...
+
+    def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
+        """Ids out of ``view.parkable``, each once, best first, to make room for others.
+
+        Args:
+            view: the moment.
+            stream: first in line and does not fit; name whom you would give up for it, or nobody. None: the running
+                streams have outgrown the memory; if you name too few, the core goes on with the latest to arrive.
         """
         ...
 
@@ -23,19 +35,106 @@ class Policy(Protocol):
 class FCFS:
     """First come, first served. A large stream at the head of the line holds up smaller ones behind it."""
 
-    def rank(self, waiting: Sequence[WaitingStream]) -> Sequence[str]:
+    def rank(self, view: SystemView) -> Sequence[str]:
         """Order of arrival."""
-        return [stream.request.id for stream in waiting]
+        return [stream.id for stream in view.waiting]
+
+    def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
+        """Nobody makes room; if somebody must, the latest to arrive."""
+        return [] if stream else [other.id for other in reversed(view.running) if other.id in view.parkable]
 
 
-def ranked(policy: Policy, waiting: Sequence[WaitingStream]) -> tuple[list[str], str]:
-    """The policy's order and an empty string, or order of arrival and what was wrong with the answer."""
-    arrival = [stream.request.id for stream in waiting]
-    name = type(policy).__name__
-    try:
-        answer = list(policy.rank(tuple(waiting)))
-        if len(answer) == len(arrival) and set(answer) == set(arrival):
-            return answer, ""
-    except Exception as error:
-        return arrival, f"{name}.rank raised {type(error).__name__}: {error}"
-    return arrival, f"{name}.rank: expected each of the {len(arrival)} waiting ids once, got {len(answer)} answers"
+class Priority:
+    """The most urgent first; waiting makes urgent.
+
+    Args:
+        aging_seconds: wait that counts as one step of priority, so that nobody starves; with rising load the wait of a
+            stream is bounded by this times the spread of priorities, plus its turn in order of arrival.
+    """
+
+    def __init__(self, aging_seconds: float = 30.0) -> None:
+        self.aging_seconds = aging_seconds
+
+    def rank(self, view: SystemView) -> Sequence[str]:
+        """By priority and wait, then arrival."""
+        return [stream.id for stream in sorted(view.waiting, key=lambda s: -self._urgency(view, s))]
+
+    def _urgency(self, view: SystemView, stream: StreamView) -> float:
+        return stream.priority + view.waited(stream) / self.aging_seconds
+
+    def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
+        """Streams of lower priority, the lowest and latest first; age does not push anyone out."""
+        least = inf if stream is None else stream.priority
+        found = [other for other in view.running if other.id in view.parkable and other.priority < least]
+        return [other.id for other in sorted(found, key=lambda s: (s.priority, -s.arrival))]
+
+
+class FairShare:
+    """Every tenant gets service in proportion to its weight, whatever the number and size of its streams.
+
+    Service is counted in cost units of chunks and of memory held over time. The tenant with the least of it, by
+    weight, is next; one that comes back from idling starts level with those in line.
+
+    Args:
+        quantum: chunks (of the dearest kind) by which a tenant must be ahead before its streams make room for another.
+            Where streams can be parked, service of two tenants in line never drifts apart by more than twice this and
+            the number of streams that run together, in chunks of the dearest kind.
+    """
+
+    def __init__(self, quantum: float = 2.0) -> None:
+        self.quantum = quantum
+
+    def rank(self, view: SystemView) -> Sequence[str]:
+        """By the virtual time at which each stream's turn comes if every stream before it takes one chunk."""
+        step = view.dearest_chunk or 1.0
+        turn = {name: (tenant.virtual_time, step / tenant.weight) for name, tenant in view.tenants.items()}
+        keys: list[tuple[float, int, str]] = []
+        for stream in view.waiting:
+            start, width = turn[stream.tenant]
+            turn[stream.tenant] = (start + width, width)
+            keys.append((start, stream.arrival, stream.id))
+        keys.sort()
+        return [key[2] for key in keys]
+
+    def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
+        """Streams of tenants that are ahead, the furthest first and of its streams the latest."""
+        tenants = view.tenants
+        due = -inf
+        if stream is not None:
+            owner = tenants[stream.tenant]
+            due = owner.virtual_time + self.quantum * view.dearest_chunk / owner.weight
+        found = [s for s in view.running if s.id in view.parkable and tenants[s.tenant].virtual_time > due]
+        return [s.id for s in sorted(found, key=lambda s: (-tenants[s.tenant].virtual_time, -s.arrival))]
+
+
+class EarliestDeadline:
+    """Whose viewer runs out of frames first goes first.
+
+    Args:
+        startup: seconds in which the first chunk is due.
+        patience: seconds after which a stream without a rate counts as due, so that it does not starve.
+        margin: seconds of play-out that a running stream must have in hand, beyond those of the waiting one, to make
+            room.
+    """
+
+    def __init__(self, startup: float = 2.0, patience: float = 60.0, margin: float = 4.0) -> None:
+        self.startup = startup
+        self.patience = patience
+        self.margin = margin
+
+    def rank(self, view: SystemView) -> Sequence[str]:
+        """By slack, then arrival."""
+        return [stream.id for stream in sorted(view.waiting, key=lambda s: self._due(view, s))]
+
+    def _due(self, view: SystemView, stream: StreamView) -> float:
+        slack = view.slack(stream, self.startup)
+        if slack == inf and stream.state is not StreamState.RUNNING:
+            return self.patience - view.waited(stream)
+        return slack
+
+    def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
+        """Streams with slack to spare, the most of it first."""
+        least = -inf if stream is None else max(self._due(view, stream), 0.0) + self.margin
+        found = [(self._due(view, s), s) for s in view.running if s.id in view.parkable]
+        ordered = sorted(found, key=lambda item: (-item[0], -item[1].arrival))
+        return [s.id for slack, s in ordered if slack > least]

@@ -1,12 +1,16 @@
-"""What an engine asks for, and what a policy gets to see of it."""
+"""What an engine asks for, and where a stream is."""
 
 from dataclasses import dataclass
 from enum import Enum
 
 from qvg_paged.config import Window
 from qvg_paged.errors import ArgumentError
+from qvg_paged.scheduler.tenant import check_fps
 
-__all__ = ["StreamRequest", "StreamState", "WaitingStream"]
+__all__ = ["StreamRequest", "StreamState"]
+
+MAX_COUNT = 1 << 31
+MAX_NAME = 256
 
 
 class StreamState(Enum):
@@ -14,9 +18,11 @@ class StreamState(Enum):
 
     QUEUED = "queued"
     RUNNING = "running"
+    PARKED = "parked"
+    """Its history is on the host, complete, until its turn comes back."""
     FINISHED = "finished"
     FAILED = "failed"
-    """The engine reported an error, or the request was refused because it can never fit."""
+    """The engine reported an error, or the request was refused."""
     CANCELLED = "cancelled"
 
     @property
@@ -30,11 +36,11 @@ class StreamRequest:
     """A video to be generated.
 
     Attributes:
-        id: name, unique among streams that are queued or running.
-        tenant: who pays for it.
+        id: name, unique among streams that are not final, at most 256 characters.
+        tenant: who pays for it, at most 256 characters.
         frames: frames to commit in all, given ones included.
         window: what the stream keeps.
-        deadline_fps: frames per second its viewer plays; for policies, `FCFS` ignores it.
+        deadline_fps: frames per second its viewer plays; None for that of the tenant.
         priority: larger is more urgent; for policies, `FCFS` ignores it.
         branches: cache streams that advance together (2 with classifier-free guidance); admitted all or none.
     """
@@ -50,28 +56,15 @@ class StreamRequest:
     def __post_init__(self) -> None:
         for name in ("id", "tenant"):
             value = getattr(self, name)
-            if not isinstance(value, str) or not value:
-                raise ArgumentError(f"{name}: expected a non-empty string, got {value!r}")
+            if not isinstance(value, str) or not 1 <= len(value) <= MAX_NAME:
+                shown = f"{len(value)} characters" if isinstance(value, str) else repr(value)
+                raise ArgumentError(f"{name}: expected a non-empty string of up to {MAX_NAME} characters, got {shown}")
         for name in ("frames", "branches"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{name}: expected an integer >= 1, got {value!r}")
-        if self.deadline_fps is not None and not 0 < self.deadline_fps < float("inf"):
-            raise ArgumentError(f"deadline_fps: expected a positive number or None, got {self.deadline_fps!r}")
-
-
-@dataclass(frozen=True)
-class WaitingStream:
-    """Read-only snapshot of a queued stream, as policies see it.
-
-    Attributes:
-        request: what was asked for.
-        arrival: serial number of its submission.
-        waited: seconds since the first step that saw it.
-        nbytes: pool bytes it needs at its worst.
-    """
-
-    request: StreamRequest
-    arrival: int
-    waited: float
-    nbytes: int
+            if value > MAX_COUNT:
+                raise ArgumentError(f"{name}: expected at most {MAX_COUNT}, got {value}")
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
+            raise ArgumentError(f"priority: expected an integer, got {self.priority!r}")
+        check_fps(self.deadline_fps)

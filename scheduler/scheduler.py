@@ -1,19 +1,27 @@
-"""First come, first served by default: admits what can run to completion, advances streams chunk by chunk."""
+"""The scheduler as an object: holds the state, asks the core, guards the policy, keeps the log."""
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict
+from random import Random
 from threading import RLock
 
 from qvg_paged.errors import ArgumentError, StateError
-from qvg_paged.manager import KVCacheManager
-from qvg_paged.scheduler.core import Entry, admit, after_outcome, after_plan, final, make_plan, snapshots
-from qvg_paged.scheduler.plan import Decision, Outcome, Plan, Reason
-from qvg_paged.scheduler.policy import FCFS, Policy, ranked
+from qvg_paged.scheduler.backend import CacheBackend
+from qvg_paged.scheduler.config import Reservation, SchedulerConfig
+from qvg_paged.scheduler.core import decide
+from qvg_paged.scheduler.guard import InPlace, PolicyGuard, Runner, Worker
+from qvg_paged.scheduler.inputs import Cancel, Drain, Input, LimitPool, Report, SetTenant, Shutdown, Submit, apply
+from qvg_paged.scheduler.log import DecisionLog, describe_input, describe_plan
+from qvg_paged.scheduler.plan import Decision, Outcome, Plan
+from qvg_paged.scheduler.policy import FCFS, EarliestDeadline, FairShare, Policy, Priority
 from qvg_paged.scheduler.request import StreamRequest, StreamState
+from qvg_paged.scheduler.state import Entry, Rules, State
+from qvg_paged.scheduler.tenant import TenantSpec
 
 __all__ = ["Scheduler"]
 
-HISTORY = 1024
+OWN = (FCFS, Priority, FairShare, EarliestDeadline)
 
 
 class Scheduler:
@@ -22,51 +30,121 @@ class Scheduler:
         scheduler.submit(StreamRequest("shot-18", tenant="studio-b", frames=240, window=window))
         while scheduler.busy:
             plan = scheduler.step(time.monotonic())
-            ...                                     # close plan.finished, open plan.admitted, run plan.running
+            ...                          # close plan.finished, park plan.parked, resume, open plan.admitted, run
             scheduler.update(plan, Outcome(committed={"shot-18": 3}))
 
-    Methods may be called from any thread. Answers about finished streams are kept for the latest 1,024 of them.
+    Over a cache that can park streams (`ParkingBackend`), memory is promised to the next chunk boundary and streams
+    may be parked there; over one that cannot, or with ``no_preemption=True``, to completion, and nobody is parked.
+    `reservation` says which.
+
+    Threads: methods may be called from any thread; one lock makes them one after the other. `step` and `update` come
+    in pairs from whoever drives the engine, the rest at any time in between. A foreign policy runs in a thread of its
+    own and must not call the scheduler. Answers about finished streams are kept for the latest 1,024 of them.
 
     Args:
         cache: whose pool is shared out; only its books are asked, its streams are the engine's.
-        policy: who is next.
+        policy: who is next, and who makes room.
+        config: everything else.
+        seed: of the one random generator; ranks and replays that share it plan alike.
+        log: gets every input and every decision.
+        runner: where the policy is asked; None for this thread if the policy is of this package, else a worker.
     """
 
-    def __init__(self, cache: KVCacheManager, policy: Policy | None = None) -> None:
-        self._cache = cache
-        self._policy = FCFS() if policy is None else policy
-        self._entries: dict[str, Entry] = {}
+    def __init__(
+        self,
+        cache: CacheBackend,
+        policy: Policy | None = None,
+        config: SchedulerConfig | None = None,
+        *,
+        seed: int = 0,
+        log: DecisionLog | None = None,
+        runner: Runner | None = None,
+    ) -> None:
+        policy = FCFS() if policy is None else policy
+        config = SchedulerConfig() if config is None else config
+        self._rules = Rules(config, cache)
+        self._foreign = type(policy) not in OWN
+        if runner is None:
+            budget = config.policy_seconds
+            runner = Worker(budget) if self._foreign and budget is not None else InPlace()
+        self._guard = PolicyGuard(policy, runner, config.policy_strikes, self._heard)
+        self._state = State()
         self._plan: Plan | None = None
-        self._arrivals = 0
-        self._steps = 0
-        self._now = -math.inf
+        self._rng = Random(seed)
+        self._log = log
         self._lock = RLock()
+        self._write(
+            {
+                "kind": "open",
+                "seed": seed,
+                "policy": type(policy).__name__,
+                "policy_settings": _settings(policy),
+                "reservation": self.reservation.value,
+                "pool_nbytes": cache.pool_nbytes,
+                "host_nbytes": self._rules.parking.host_nbytes if self._rules.parking else 0,
+                "frames_per_chunk": cache.frames_per_chunk,
+                "config": asdict(config),
+            }
+        )
+
+    @property
+    def reservation(self) -> Reservation:
+        """How far ahead memory is promised: to completion if the cache cannot park streams."""
+        return self._rules.reservation
+
+    @property
+    def policy_faults(self) -> int:
+        """Wrong, late or missing answers of the policy so far."""
+        return self._guard.faults
+
+    @property
+    def policy_disabled(self) -> bool:
+        """Whether the policy had too many faults and `FCFS` has taken over."""
+        return self._guard.disabled
 
     def submit(self, request: StreamRequest) -> Decision:
-        """Put a stream in line, or refuse it at once if it could never fit; the answer says which.
+        """Put a stream in line, or refuse it at once, for instance if it could never fit; the answer says which.
 
         Raises:
-            ArgumentError: the id is queued or running.
+            ArgumentError: the id is queued, running or parked.
             ConfigError: the window cannot hold a span.
         """
-        with self._lock:
-            old = self._entries.get(request.id)
-            if old is not None and not old.announced and old.decision.reason is not Reason.TOO_LARGE:
-                raise ArgumentError(f"id: expected one that is not in use, got {request.id!r}, {old.state.value}")
-            demand = self._cache.demand(request.window, request.frames) * request.branches
-            nbytes, pool = self._cache.demand_nbytes(demand), self._cache.budget.pool
-            self._arrivals += 1
-            text = f"in line; needs {nbytes} bytes of the pool at its worst, {pool} bytes in all"
-            entry = Entry(request, demand, nbytes, self._arrivals, Decision(request.id, Reason.QUEUED, text))
-            if not self._cache.can_host([demand]):
-                text = (
-                    f"refused: needs {nbytes} bytes of the pool at its worst, {pool} bytes (in slabs of "
-                    f"{self._cache.budget.slabs.slab_nbytes}) are there; shorten the window or raise memory"
-                )
-                entry = final(entry, StreamState.FAILED, Reason.TOO_LARGE, text)
-            self._entries.pop(request.id, None)
-            self._entries[request.id] = entry
-            return entry.decision
+        return self._single(Submit(request))
+
+    def cancel(self, stream_id: str) -> Decision:
+        """Give a stream up. The next plan tells the engine to close it; one that is final already stays as it is.
+
+        Raises:
+            ArgumentError: unknown id.
+        """
+        return self._single(Cancel(stream_id))
+
+    def set_tenant(self, name: str, spec: TenantSpec) -> None:
+        """Set or change a tenant's rights. Memory above a lowered ceiling is taken back at the next chunk boundaries.
+
+        Raises:
+            ArgumentError: the floors of all tenants exceed the pool, or there are too many tenants.
+        """
+        self._apply(SetTenant(name, spec))
+
+    def limit_pool(self, nbytes: int | None) -> None:
+        """Promise at most `nbytes` of the pool from the next step on, as far as running streams can be parked.
+
+        Args:
+            nbytes: bytes that may stay in use; None for all of the pool.
+
+        Raises:
+            ArgumentError: not within the pool.
+        """
+        self._apply(LimitPool(nbytes))
+
+    def drain(self) -> None:
+        """Refuse new requests; those that are in go on to their ends."""
+        self._apply(Drain())
+
+    def shutdown(self) -> None:
+        """Refuse new requests and cancel all streams; the next plan tells the engine to close them."""
+        self._apply(Shutdown())
 
     def step(self, now: float) -> Plan:
         """Decide what happens next.
@@ -79,18 +157,15 @@ class Scheduler:
             ArgumentError: the clock ran backwards.
         """
         with self._lock:
-            if self._plan is not None and self._plan.running:
+            if self._plan is not None and (self._plan.running or self._plan.parked):
                 raise StateError(f"step: expected update(plan, outcome) of step {self._plan.step} first")
-            if not (math.isfinite(now) and now >= self._now):
-                raise ArgumentError(f"now: expected a finite time not before {self._now}, got {now}")
-            self._now = now
-            self._steps += 1
-            order, fault = ranked(self._policy, snapshots(self._entries, now))
-            admitted, waiting = admit(self._entries, order, self._cache.can_host, self._cache.budget.pool)
-            frames = self._cache.model.frames_per_chunk
-            self._plan = make_plan(self._entries, self._steps, admitted, waiting, frames, fault)
-            self._entries = after_plan(self._entries, self._plan, now)
-            self._forget()
+            if not (math.isfinite(now) and now >= self._state.now):
+                raise ArgumentError(f"now: expected a finite time not before {self._state.now}, got {now}")
+            before = self._state
+            self._guard.begin()
+            self._state, self._plan = decide(self._rules, before, (), now, self._rng, self._guard)
+            if self._log is not None:
+                self._log.append(describe_plan(self._state, self._plan, before))
             return self._plan
 
     def update(self, plan: Plan, outcome: Outcome) -> None:
@@ -103,24 +178,8 @@ class Scheduler:
         with self._lock:
             if plan is not self._plan:
                 raise StateError(f"plan: expected the latest plan, not reported yet, got that of step {plan.step}")
-            self._entries = after_outcome(self._entries, plan, outcome)
+            self._apply(Report(plan, outcome))
             self._plan = None
-
-    def cancel(self, stream_id: str) -> Decision:
-        """Give a stream up. The next plan tells the engine to close it; one that is final already stays as it is.
-
-        Raises:
-            ArgumentError: unknown id.
-        """
-        with self._lock:
-            entry = self._entry(stream_id)
-            if not entry.state.is_final:
-                text = f"cancelled at frame {entry.committed} of {entry.request.frames}"
-                unopened = entry.state is StreamState.QUEUED
-                entry = replace(final(entry, StreamState.CANCELLED, Reason.CANCELLED, text), announced=unopened)
-                del self._entries[stream_id]
-                self._entries[stream_id] = entry
-            return entry.decision
 
     def why(self, stream_id: str) -> Decision:
         """The latest decision about a stream.
@@ -128,8 +187,7 @@ class Scheduler:
         Raises:
             ArgumentError: unknown id.
         """
-        with self._lock:
-            return self._entry(stream_id).decision
+        return self._entry(stream_id).decision
 
     def state(self, stream_id: str) -> StreamState:
         """Where a stream is.
@@ -137,8 +195,7 @@ class Scheduler:
         Raises:
             ArgumentError: unknown id.
         """
-        with self._lock:
-            return self._entry(stream_id).state
+        return self._entry(stream_id).state
 
     def committed(self, stream_id: str) -> int:
         """Frames of a stream committed so far.
@@ -146,21 +203,57 @@ class Scheduler:
         Raises:
             ArgumentError: unknown id.
         """
+        return self._entry(stream_id).committed
+
+    def service(self, tenant: str) -> float:
+        """Cost units a tenant has had.
+
+        Raises:
+            ArgumentError: unknown tenant.
+        """
         with self._lock:
-            return self._entry(stream_id).committed
+            if tenant not in self._state.tenants:
+                raise ArgumentError(f"tenant: expected one that is configured or has streams, got {tenant!r}")
+            return self._state.tenants[tenant].service
 
     @property
     def busy(self) -> bool:
         """Whether a further step has something to do or to tell."""
         with self._lock:
-            return any(not entry.announced for entry in self._entries.values())
+            state = self._state
+            return bool(state.queued or state.running or state.parked or state.leaving)
 
     def _entry(self, stream_id: str) -> Entry:
-        if stream_id not in self._entries:
-            raise ArgumentError(f"stream_id: expected a submitted stream, got {stream_id!r}")
-        return self._entries[stream_id]
+        with self._lock:
+            entry = self._state.find(stream_id)
+            if entry is None:
+                raise ArgumentError(f"stream_id: expected a submitted stream, got {stream_id!r}")
+            return entry
 
-    def _forget(self) -> None:
-        done = [stream_id for stream_id, entry in self._entries.items() if entry.announced]
-        for stream_id in done[: max(0, len(done) - HISTORY)]:
-            del self._entries[stream_id]
+    def _single(self, event: Input) -> Decision:
+        decision = self._apply(event)
+        assert decision is not None
+        return decision
+
+    def _apply(self, event: Input) -> Decision | None:
+        with self._lock:
+            decision = apply(self._rules, self._state, event)
+            record = describe_input(event, decision)
+            if isinstance(event, Submit):
+                record["nbytes"] = self._entry(event.request.id).worst_nbytes
+            self._write(record)
+            return decision
+
+    def _heard(self, hook: str, answer: Sequence[str] | None, fault: str) -> None:
+        if self._foreign or fault:
+            self._write({"kind": "policy", "hook": hook, "answer": answer, "fault": fault})
+
+    def _write(self, record: dict[str, object]) -> None:
+        if self._log is not None:
+            self._log.append(record)
+
+
+def _settings(policy: Policy) -> dict[str, float]:
+    """Public numbers of a policy, for the log."""
+    values = getattr(policy, "__dict__", {}).items()
+    return {name: value for name, value in values if name[0] != "_" and type(value) in (int, float)}

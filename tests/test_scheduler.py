@@ -13,9 +13,11 @@ from qvg_paged.scheduler import (
     Plan,
     Reason,
     Scheduler,
+    SchedulerConfig,
     StreamRequest,
     StreamState,
-    WaitingStream,
+    StreamView,
+    SystemView,
 )
 
 
@@ -195,30 +197,40 @@ class Ordered:
 
     def __init__(self, answer: object) -> None:
         self.answer = answer
-        self.seen: Sequence[WaitingStream] = ()
+        self.view: SystemView | None = None
 
-    def rank(self, waiting: Sequence[WaitingStream]) -> Sequence[str]:
-        self.seen = waiting
+    def rank(self, view: SystemView) -> Sequence[str]:
+        self.view = view
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer  # type: ignore[return-value]
 
+    def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
+        raise AssertionError(f"nobody can be parked, asked at {view.now} for {stream}")
+
+    def seen(self) -> list[tuple[str, int, float]]:
+        assert self.view is not None
+        return [(stream.id, stream.arrival, self.view.waited(stream)) for stream in self.view.waiting]
+
+
+IN_PLACE = SchedulerConfig(policy_seconds=None)
+
 
 def test_a_policy_decides_the_order_and_sees_snapshots(cache: KVCacheManager) -> None:
     policy = Ordered(["c", "a", "b"])
-    scheduler = Scheduler(cache, policy)
+    scheduler = Scheduler(cache, policy, IN_PLACE)
     for name in "abc":
         scheduler.submit(request(name, priority=1, deadline_fps=12.0))
     plan = scheduler.step(5.0)
     assert ids(plan.admitted) == ["c", "a"]
     assert plan.policy_fault == ""
-    assert [stream.waited for stream in policy.seen] == [0.0] * 3
-    assert [stream.arrival for stream in policy.seen] == [1, 2, 3]
+    assert policy.seen() == [("a", 1, 0.0), ("b", 2, 0.0), ("c", 3, 0.0)]
     policy.answer = ["b"]
     carry_out(scheduler, plan)
     scheduler.step(7.5)
-    assert [(stream.request.id, stream.waited) for stream in policy.seen] == [("b", 2.5)]
-    assert policy.seen[0].nbytes == cache.demand_nbytes(cache.demand(WINDOW, 12))
+    assert policy.seen() == [("b", 2, 2.5)]
+    assert policy.view is not None
+    assert policy.view.waiting[0].nbytes == cache.demand_nbytes(cache.demand(WINDOW, 12))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +240,7 @@ def test_a_policy_decides_the_order_and_sees_snapshots(cache: KVCacheManager) ->
 def test_a_wrong_answer_of_a_policy_is_replaced_by_order_of_arrival_and_reported(
     cache: KVCacheManager, answer: object
 ) -> None:
-    scheduler = Scheduler(cache, Ordered(answer))
+    scheduler = Scheduler(cache, Ordered(answer), IN_PLACE)
     for name in "abc":
         scheduler.submit(request(name))
     plan = scheduler.step(0.0)

@@ -1,0 +1,161 @@
+"""Real geometries by bytes, costs by table, and a cache that is books only.
+
+A `SimulatedCache` answers with the arithmetic of the real store (`qvg_paged.budget`, `qvg_paged.timeline`,
+`SlabGeometry`), and unlike the store of today it can park streams, which for books is a matter of host bytes. Costs
+are parameters in round figures, not measurements; replace them by a table measured on the machine in question.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from qvg_paged.budget import object_counts, page_layouts, stream_timeline
+from qvg_paged.config import CacheConfig, ModelSpec, Window
+from qvg_paged.pool import SlabGeometry
+from qvg_paged.timeline import Demand
+
+__all__ = ["MODELS", "Costs", "Geometry", "SimulatedCache", "StaticCache"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Seconds of everything that takes time.
+
+    Attributes:
+        chunk: a batch of one stream, one chunk.
+        chunk_more: each further stream in the batch.
+        transfer_rate: bytes per second between pool and host.
+        transfer: start of a transfer.
+    """
+
+    chunk: float = 1.0
+    chunk_more: float = 0.5
+    transfer_rate: float = 20e9
+    transfer: float = 0.01
+
+    def batch(self, streams: int) -> float:
+        """A chunk of each of `streams` streams."""
+        return self.chunk + self.chunk_more * (streams - 1) if streams else 0.0
+
+    def move(self, nbytes: int) -> float:
+        """One stream between pool and host."""
+        return self.transfer + nbytes / self.transfer_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """A model and how its streams use the cache.
+
+    Attributes:
+        model: geometry of its cache.
+        window: what a stream keeps.
+        span_frames: frames quantised together.
+        pixel_frames: video frames per latent frame.
+    """
+
+    model: ModelSpec
+    window: Window
+    span_frames: int
+    pixel_frames: int = 4
+
+
+def _geometry(layers: int, heads: int, tokens: int, chunk: int, window: Window, span: int) -> Geometry:
+    spec = ModelSpec(
+        num_layers=layers, num_kv_heads=heads, head_dim=128, tokens_per_frame=tokens, frames_per_chunk=chunk
+    )
+    return Geometry(model=spec, window=window, span_frames=span)
+
+
+MODELS = {
+    "self-forcing": _geometry(30, 12, 1560, 3, Window(sink_frames=1, recent_frames=48), 12),
+    "longcat": _geometry(48, 32, 1560, 5, Window(recent_frames=20), 10),
+    "hy-worldplay": _geometry(30, 24, 880, 4, Window(recent_frames=48), 12),
+    "lingbot-v2": _geometry(40, 40, 3600, 4, Window(sink_frames=6, recent_frames=62), 16),
+}
+"""Layers, heads, tokens per latent frame and chunk lengths as published; windows shortened to whole spans."""
+
+
+class StaticCache:
+    """Books of a pool for streams of one geometry; cannot park.
+
+    Args:
+        geometry: of the streams.
+        pool_nbytes: size of the pool.
+        format: of quantised pages.
+    """
+
+    def __init__(self, geometry: Geometry, pool_nbytes: int, format: str = "qvg4-int2") -> None:  # noqa: A002
+        self.geometry = geometry
+        self.config = CacheConfig(memory=pool_nbytes, format=format, span_frames=geometry.span_frames)
+        self.layouts = page_layouts(geometry.model, self.config)
+        sizes = [size for size in object_counts(self.layouts, Demand(1, 1, 1)) if size]
+        self.slabs = SlabGeometry.choose(sizes, pool_nbytes)
+        self._worst = cache(self._worst_demand)
+        self._chunk = cache(self._chunk_demand)
+
+    @property
+    def pool_nbytes(self) -> int:
+        """Bytes for pages and codebooks."""
+        return self.slabs.nbytes
+
+    @property
+    def frames_per_chunk(self) -> int:
+        """Most frames denoised together."""
+        return self.geometry.model.frames_per_chunk
+
+    def demand(self, window: Window, frames: int | None = None) -> Demand:
+        """Most of each kind of pool object that a stream of `frames` frames ever holds."""
+        return self._worst(window, frames)
+
+    def occupied(self, window: Window, committed: int, frames: int) -> Demand:
+        """What the engine uses of the pool while a chunk is open."""
+        return self._chunk(window, committed, frames)
+
+    def _worst_demand(self, window: Window, frames: int | None) -> Demand:
+        return stream_timeline(self.config, window).worst_demand(self.frames_per_chunk, frames)
+
+    def _chunk_demand(self, window: Window, committed: int, frames: int) -> Demand:
+        return stream_timeline(self.config, window).demand(committed, frames)
+
+    def demand_nbytes(self, demand: Demand) -> int:
+        """Pool bytes of `demand`."""
+        return sum(size * count for size, count in object_counts(self.layouts, demand).items())
+
+    def can_host(self, demands: Sequence[Demand], nbytes: int | None = None) -> bool:
+        """Whether these demands fit together in the pool, or in `nbytes` of it."""
+        counts = object_counts(self.layouts, sum(demands, Demand()))
+        usable = self.slabs.num_slabs if nbytes is None else nbytes // self.slabs.slab_nbytes
+        return self.slabs.slabs_for(counts) <= usable
+
+
+class SimulatedCache(StaticCache):
+    """The same, and streams can be parked.
+
+    Args:
+        geometry: of the streams.
+        pool_nbytes: size of the pool.
+        host_nbytes: bytes for parked streams.
+        costs: time of transfers.
+    """
+
+    def __init__(self, geometry: Geometry, pool_nbytes: int, host_nbytes: int, costs: Costs) -> None:
+        super().__init__(geometry, pool_nbytes)
+        self._host_nbytes = host_nbytes
+        self._costs = costs
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes on the host for parked streams."""
+        return self._host_nbytes
+
+    def chunk_demand(self, window: Window, committed: int, frames: int) -> Demand:
+        """Pool objects while a chunk of `frames` frames is open after `committed` frames."""
+        return self._chunk(window, committed, frames)
+
+    def park_seconds(self, nbytes: int) -> float:
+        """Time to move that many bytes to the host."""
+        return self._costs.move(nbytes)
+
+    def resume_seconds(self, nbytes: int) -> float:
+        """Time to move them back."""
+        return self._costs.move(nbytes)

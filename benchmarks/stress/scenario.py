@@ -1,0 +1,91 @@
+"""What a run is made of: drawn from a seed (swarm sampling), or written down."""
+
+from dataclasses import dataclass, field
+from random import Random
+
+from stress.arrivals import ARRIVALS
+from stress.faults import FAULTS, HOSTILE
+from stress.models import MODELS, Costs
+
+from qvg_paged.scheduler import SchedulerConfig, TenantSpec
+
+__all__ = ["POLICIES", "Scenario", "draw_scenario"]
+
+POLICIES = ("fcfs", "priority", "fair share", "earliest deadline")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One run.
+
+    Attributes:
+        model: name in `MODELS`.
+        policy: one of `POLICIES` or of `HOSTILE`.
+        streams, tenants: how many.
+        arrivals: name in `ARRIVALS`; `load` scales their rate to what the pool can serve, roughly.
+        trace: time, tenant and frames of each stream instead.
+        frames: shortest and longest stream.
+        pool_streams: size of the pool, in longest streams at their worst.
+        host_streams: the same for the host.
+        can_park: whether the cache can.
+        weights: of tenants, in turn.
+        ceiling: share of the pool that every tenant may hold, or None.
+        floor: share of the pool that the first tenant gets back on demand.
+        fps: play-out rate of streams in latent frames per second, or None.
+        faults: chance of each fault per step.
+        config: of the scheduler.
+        costs: of the engine.
+    """
+
+    model: str = "self-forcing"
+    policy: str = "fcfs"
+    streams: int = 40
+    tenants: int = 4
+    arrivals: str = "poisson"
+    load: float = 1.0
+    trace: tuple[tuple[float, str, int], ...] = ()
+    frames: tuple[int, int] = (6, 60)
+    pool_streams: float = 4.0
+    host_streams: float = 1000.0
+    can_park: bool = True
+    weights: tuple[float, ...] = (1.0,)
+    ceiling: float | None = None
+    floor: float = 0.0
+    fps: float | None = None
+    faults: dict[str, float] = field(default_factory=dict)
+    config: SchedulerConfig = field(default_factory=SchedulerConfig)
+    costs: Costs = field(default_factory=Costs)
+
+
+def draw_scenario(seed: int) -> Scenario:
+    """The scenario of a seed: every knob and every fault rate is drawn."""
+    rng = Random(f"scenario {seed}")
+    hostile = rng.random() < 0.25
+    faults = {name: rng.choice([0.02, 0.1]) for name in FAULTS if rng.random() < 0.4}
+    chunk = MODELS[model := rng.choice(sorted(MODELS))].model.frames_per_chunk
+    return Scenario(
+        model=model,
+        policy=rng.choice(sorted(HOSTILE) if hostile else POLICIES),
+        streams=rng.choice([20, 40, 60]),
+        tenants=rng.choice([1, 2, 4, 8]),
+        arrivals=rng.choice(sorted(ARRIVALS)),
+        load=rng.choice([0.7, 1.0, 2.0]),
+        frames=(chunk, chunk * rng.choice([4, 12, 20])),
+        pool_streams=rng.choice([1.2, 2.5, 5.0, 9.0]),
+        host_streams=rng.choice([0.0, 2.0, 1000.0, 1000.0, 1000.0]),
+        can_park=rng.random() < 0.8,
+        weights=rng.choice([(1.0,), (1.0, 2.0, 3.0, 4.0)]),
+        ceiling=rng.choice([None, None, 0.9]),
+        floor=rng.choice([0.0, 0.0, 0.4]),
+        fps=rng.choice([None, 1.0, 4.0]),
+        faults=faults,
+        config=SchedulerConfig(
+            no_preemption=rng.random() < 0.2,
+            max_running=rng.choice([None, None, 2, 6]),
+            overtakes=rng.choice([0, 0, 8]),
+            headroom=rng.choice([0.0, 0.05]),
+            min_chunks=rng.choice([1, 1, 3]),
+            default_tenant=TenantSpec(max_queued=rng.choice([8, 1024])),
+            policy_strikes=rng.choice([3, 1000]),
+        ),
+    )

@@ -1,0 +1,363 @@
+"""Who fits, who makes room and who gets in: one pass over the line, on the books of one step."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from qvg_paged.scheduler.plan import Decision, Reason
+from qvg_paged.scheduler.request import StreamState
+from qvg_paged.scheduler.snapshot import may_be_parked, system_view
+from qvg_paged.scheduler.state import Entry, Rules, State, total
+from qvg_paged.scheduler.view import StreamView, SystemView
+from qvg_paged.timeline import Demand
+
+__all__ = ["Advice", "Books", "admit", "squeeze"]
+
+
+class Advice(Protocol):
+    """A policy's answers, checked: whatever the policy does, these are valid."""
+
+    @property
+    def fault(self) -> str:
+        """What was wrong with them in this step, or empty."""
+
+    def rank(self, view: SystemView) -> Sequence[str]:
+        """Ids of all waiting streams, best first."""
+
+    def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
+        """Ids out of ``view.parkable`` to be given up for `stream`, or because memory is short (None), best first."""
+
+
+class Books:
+    """What is promised while a step is decided.
+
+    Attributes:
+        demand, nbytes: to all running streams.
+        by_tenant: bytes by tenant.
+        parked: decisions about streams that were parked in this step.
+    """
+
+    def __init__(self, rules: Rules, state: State, now: float, seed: int) -> None:
+        self.rules, self.state, self.now, self.seed = rules, state, now, seed
+        self.demand = total(state.running.values())
+        self.nbytes = sum(entry.need_nbytes for entry in state.running.values())
+        self.by_tenant: dict[str, int] = {}
+        for entry in state.running.values():
+            self.by_tenant[entry.tenant] = self.by_tenant.get(entry.tenant, 0) + entry.need_nbytes
+        self.parked: list[Decision] = []
+        self.has_floors = any(tenant.spec.floor_nbytes for tenant in state.tenants.values())
+
+    @property
+    def limit(self) -> int:
+        """Bytes that may be promised."""
+        return self.rules.cache.pool_nbytes if self.state.limit is None else self.state.limit
+
+    def view(self, *, forced: bool) -> SystemView:
+        """What the policy sees now."""
+        return system_view(self.rules, self.state, self.now, self.seed, self.by_tenant, forced=forced)
+
+    def held(self, tenant: str) -> int:
+        """Bytes promised to a tenant's running streams."""
+        return self.by_tenant.get(tenant, 0)
+
+    def fits(self, entry: Entry | None = None, without: Sequence[Entry] = ()) -> bool:
+        """Whether what runs, `entry` besides and `without` left out, fits the pool or what may be used of it."""
+        away = total(without)
+        room = self.limit
+        demands = [
+            Demand(
+                self.demand.dense_pages - away.dense_pages,
+                self.demand.quantised_pages - away.quantised_pages,
+                self.demand.codebooks - away.codebooks,
+            )
+        ]
+        if entry is not None:
+            demands.append(entry.need)
+            others = len(self.state.running) - len(without)
+            if self.rules.parking is not None and others:
+                room -= int(room * self.rules.config.headroom)
+        if room == self.rules.cache.pool_nbytes:
+            return self.rules.cache.can_host(demands)
+        return self.rules.cache.can_host(demands, room)
+
+    def add(self, entry: Entry) -> None:
+        """Promise an entry what it needs next."""
+        self.demand += entry.need
+        self.nbytes += entry.need_nbytes
+        self.by_tenant[entry.tenant] = self.held(entry.tenant) + entry.need_nbytes
+
+    def park(self, entry: Entry, reason: Reason, text: str) -> None:
+        """Move a running stream to the line."""
+        self.demand = total(other for other in self.state.running.values() if other is not entry)
+        self.nbytes -= entry.need_nbytes
+        self.by_tenant[entry.tenant] -= entry.need_nbytes
+        decision = Decision(entry.id, reason, text)
+        del self.state.running[entry.id]
+        self.state.parked[entry.id] = replace(
+            entry,
+            state=StreamState.PARKED,
+            decision=decision,
+            parks=entry.parks + 1,
+            stalls=entry.stalls + 1,
+            since=self.now,
+        )
+        self.parked.append(decision)
+
+
+def squeeze(books: Books, advice: Advice) -> None:
+    """Park until what runs fits the pool, or what is left of it, and every tenant its ceiling, as far as may be."""
+    state = books.state
+    over = [tenant for tenant in books.by_tenant if _excess(books, tenant) > 0]
+    if books.rules.parking is None or (not over and books.fits()):
+        return
+    order = _by_default(books, advice.park(books.view(forced=True), None))
+    for tenant in over:
+        for entry in order:
+            if _excess(books, tenant) <= 0:
+                break
+            if entry.tenant == tenant and entry.id in state.running:
+                ceiling = state.tenants[tenant].spec.ceiling_nbytes
+                books.park(entry, Reason.SQUEEZED, f"tenant {tenant!r} may hold {ceiling} bytes of the pool")
+    order.sort(key=lambda entry: _within_floor(books, entry))
+    for entry in order:
+        if books.fits():
+            break
+        if entry.id in state.running:
+            books.park(entry, Reason.SQUEEZED, f"what runs needs more than {books.limit} bytes of the pool")
+            state.hold = books.rules.config.hold_steps
+
+
+def _excess(books: Books, tenant: str) -> int:
+    ceiling = books.state.tenants[tenant].spec.ceiling_nbytes
+    return 0 if ceiling is None else books.held(tenant) - ceiling
+
+
+def _within_floor(books: Books, entry: Entry) -> bool:
+    floor = books.state.tenants[entry.tenant].spec.floor_nbytes
+    return books.held(entry.tenant) - entry.need_nbytes < floor
+
+
+def _by_default(books: Books, wanted: Iterable[str]) -> list[Entry]:
+    """All that may be parked: first those the policy names, then the latest to arrive."""
+    running = books.state.running
+    first = [running[stream_id] for stream_id in wanted]
+    named = {entry.id for entry in first}
+    rest = [
+        entry
+        for entry in reversed(books.state.by_arrival())
+        if entry.id not in named and may_be_parked(books.rules, books.state, entry, forced=True)
+    ]
+    return first + rest
+
+
+def admit(books: Books, advice: Advice) -> tuple[list[Decision], list[Decision], list[Decision]]:
+    """Who is admitted, who is resumed and why the others wait, in the order of the line."""
+    state, rules = books.state, books.rules
+    if not state.queued and not state.parked:
+        return [], [], []
+    squeezed = {decision.stream_id for decision in books.parked}
+    order = advice.rank(books.view(forced=False))
+    line = _line(books, [stream_id for stream_id in order if stream_id not in squeezed])
+    admitted: list[Decision] = []
+    resumed: list[Decision] = []
+    waiting: list[Decision] = []
+    barred: set[str] = set()
+    first: Entry | None = None
+    gate: Entry | None = None  # stops newcomers, but not the parked ones that it waits for
+    for entry in line:
+        if entry.tenant in barred:
+            waiting.append(_wait(entry, Reason.QUOTA, f"tenant {entry.tenant!r} has a stream in line before it"))
+            continue
+        before = first if first is not None and first.overtaken >= rules.config.overtakes else None
+        if before is None and entry.state is StreamState.QUEUED:
+            before = gate
+        if before is not None:
+            waiting.append(_wait(entry, Reason.BEHIND, f"{before.id!r} is first in line and does not fit yet"))
+            continue
+        ready = rules.need(entry, entry.backed and _is_backed(books, entry))
+        blocked = _obstacle(books, ready)
+        if blocked is not None and first is None and _is_scarcity(blocked[0]) and _make_way(books, advice, ready):
+            blocked = _obstacle(books, ready)
+        if blocked is None:
+            (resumed if entry.state is StreamState.PARKED else admitted).append(_start(books, ready))
+            if first is not None:
+                first = _overtaken(state, first)
+            continue
+        waiting.append(_wait(entry, *blocked))
+        if blocked[0] is Reason.QUOTA:
+            barred.add(entry.tenant)
+        elif blocked[0] is Reason.NO_HOST_MEMORY:
+            gate = entry
+        elif first is None and blocked[0] is not Reason.HOLD_OFF:
+            first = entry
+    if not state.parked:
+        state.hold = 0
+    return admitted, resumed, waiting + books.parked
+
+
+def _line(books: Books, order: Sequence[str]) -> list[Entry]:
+    """Waiting entries in the policy's order, after those that a floor entitles; on hold, parked ones come first."""
+    state = books.state
+    line = [state.queued[name] if name in state.queued else state.parked[name] for name in order]
+    if state.hold:
+        line.sort(key=lambda entry: entry.state is StreamState.QUEUED)
+    if books.has_floors:
+        line.sort(key=lambda entry: not _is_claim(books, entry))
+    return line
+
+
+def _is_claim(books: Books, entry: Entry) -> bool:
+    return books.held(entry.tenant) + entry.need_nbytes <= books.state.tenants[entry.tenant].spec.floor_nbytes
+
+
+def _overtaken(state: State, first: Entry) -> Entry:
+    group = state.queued if first.id in state.queued else state.parked
+    group[first.id] = replace(group[first.id], overtaken=first.overtaken + 1)
+    return group[first.id]
+
+
+def _is_scarcity(reason: Reason) -> bool:
+    return reason in (Reason.NO_MEMORY, Reason.NO_SLOT)
+
+
+def _obstacle(books: Books, entry: Entry) -> tuple[Reason, str] | None:
+    """Why an entry cannot run now."""
+    return _rights(books, entry) or _room(books, entry)
+
+
+def _rights(books: Books, entry: Entry) -> tuple[Reason, str] | None:
+    state = books.state
+    ceiling = state.tenants[entry.tenant].spec.ceiling_nbytes
+    held = books.held(entry.tenant)
+    if ceiling is not None and held + entry.need_nbytes > ceiling:
+        return Reason.QUOTA, (
+            f"needs {entry.need_nbytes} bytes; its tenant {entry.tenant!r} is promised {held} of {ceiling} bytes"
+        )
+    held_off = state.hold and state.parked and entry.state is StreamState.QUEUED and state.running
+    if held_off and not (books.has_floors and _is_claim(books, entry)):
+        return Reason.HOLD_OFF, f"{len(state.parked)} streams are parked for want of memory; they come first"
+    return None
+
+
+def _room(books: Books, entry: Entry) -> tuple[Reason, str] | None:
+    rules, state = books.rules, books.state
+    slots = rules.config.max_running
+    if slots is not None and len(state.running) >= slots:
+        return Reason.NO_SLOT, f"{slots} streams run, as many as may"
+    if not books.fits(entry):
+        return Reason.NO_MEMORY, (
+            f"needs {entry.need_nbytes} bytes of the pool {_horizon(rules, entry)}; {books.nbytes} of {books.limit} "
+            f"bytes are promised to {len(state.running)} running streams"
+        )
+    if books.has_floors and not _leaves_floors(books, entry):
+        return Reason.FLOOR, f"needs {entry.need_nbytes} bytes; what is free is promised to other tenants' floors"
+    if entry.state is StreamState.QUEUED and not _is_safe(books, entry):
+        return Reason.NO_HOST_MEMORY, f"may hold {entry.worst_nbytes} bytes, for which the host has no room left"
+    return None
+
+
+def _horizon(rules: Rules, entry: Entry) -> str:
+    return "at its worst" if rules.parking is None or not entry.backed else "for its next chunk"
+
+
+def _leaves_floors(books: Books, entry: Entry) -> bool:
+    """Whether the floors of other tenants stay free, unless nothing runs at all and the first in line would starve.
+
+    Where streams can be parked, a floor is claimed back instead.
+    """
+    if books.rules.parking is not None or not books.state.running:
+        return True
+    unfilled = sum(
+        max(0, tenant.spec.floor_nbytes - books.held(name))
+        for name, tenant in books.state.tenants.items()
+        if name != entry.tenant
+    )
+    return books.nbytes + entry.need_nbytes + unfilled <= books.limit
+
+
+def _is_backed(books: Books, entry: Entry) -> bool:
+    """Whether the host has room for the stream at its worst, beside all that may be parked already."""
+    parking = books.rules.parking
+    if parking is None:
+        return False
+    if entry.state is StreamState.PARKED:
+        return True
+    claimed = sum(
+        other.worst_nbytes
+        for group in (books.state.running, books.state.parked)
+        for other in group.values()
+        if other.backed
+    )
+    return claimed + entry.worst_nbytes <= parking.host_nbytes
+
+
+def _is_safe(books: Books, entry: Entry) -> bool:
+    """Whether the streams that can never be parked, and any one of the others, will always fit together."""
+    live = [entry, *books.state.running.values(), *books.state.parked.values()]
+    fixed = [other.worst for other in live if not other.backed]
+    if not fixed or books.rules.parking is None:
+        return True
+    largest = Demand()
+    for other in live:
+        if other.backed:
+            largest = largest.most(other.worst)
+    return books.rules.cache.can_host([*fixed, largest])
+
+
+def _make_way(books: Books, advice: Advice, entry: Entry) -> bool:
+    """Park what the policy, or the floor of the entry's tenant, gives up for it; nothing unless it is enough."""
+    if books.rules.parking is None or not (entry.state is StreamState.PARKED or _is_safe(books, entry)):
+        return False
+    view = books.view(forced=False)
+    if not view.parkable:
+        return False
+    stream = next(other for other in view.waiting if other.id == entry.id)
+    wanted = [books.state.running[name] for name in advice.park(view, stream)]
+    claim = books.has_floors and _is_claim(books, entry)
+    if claim:
+        named = {other.id for other in wanted}
+        rest = [other for other in reversed(books.state.by_arrival()) if other.id in view.parkable - named]
+        wanted += [other for other in rest if other.tenant != entry.tenant]
+    held = dict(books.by_tenant)
+    victims: list[Entry] = []
+    for other in wanted:
+        floor = books.state.tenants[other.tenant].spec.floor_nbytes
+        if other.tenant != entry.tenant and held[other.tenant] - other.need_nbytes < floor:
+            continue
+        held[other.tenant] -= other.need_nbytes
+        victims.append(other)
+        if books.fits(entry, victims):
+            break
+    else:
+        return False
+    text = f"made room for {entry.id!r}" + (", whose tenant has a floor" if claim else "")
+    for other in victims:
+        books.park(other, Reason.PARKED, text)
+    return True
+
+
+def _start(books: Books, entry: Entry) -> Decision:
+    state = books.state
+    resumed = entry.state is StreamState.PARKED
+    books.add(entry)
+    text = (
+        f"{entry.need_nbytes} bytes {_horizon(books.rules, entry)} fit: {books.nbytes} of {books.limit} bytes are "
+        f"promised to {len(state.running) + 1} streams"
+    )
+    decision = Decision(entry.id, Reason.RESUMED if resumed else Reason.ADMITTED, text)
+    del (state.parked if resumed else state.queued)[entry.id]
+    state.running[entry.id] = replace(
+        entry,
+        decision=decision,
+        state=StreamState.RUNNING,
+        chunks_before=entry.chunks,
+        since=books.now,
+        overtaken=0,
+        progressed=state.step,
+    )
+    return decision
+
+
+def _wait(entry: Entry, reason: Reason, text: str) -> Decision:
+    old = entry.decision
+    return old if old.reason is reason and old.text == text else Decision(entry.id, reason, text)

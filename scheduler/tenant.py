@@ -1,0 +1,74 @@
+"""Tenants: what they may hold, what they are due, what they have had."""
+
+import math
+from dataclasses import dataclass
+
+from qvg_paged.errors import ArgumentError
+
+__all__ = ["Tenant", "TenantSpec"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TenantSpec:
+    """Rights of a tenant; may be changed while its streams run.
+
+    Attributes:
+        weight: share of service under contention, relative to other tenants'.
+        floor_nbytes: pool bytes it gets back from others as soon as it has use for them.
+        ceiling_nbytes: most pool bytes its running streams are promised together; None for no limit.
+        max_queued: most streams that wait for admission; more are refused.
+        priority: added to the priority of its streams.
+        deadline_fps: play-out rate of its streams that name none.
+    """
+
+    weight: float = 1.0
+    floor_nbytes: int = 0
+    ceiling_nbytes: int | None = None
+    max_queued: int = 1024
+    priority: int = 0
+    deadline_fps: float | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.weight) or not 1e-6 <= self.weight <= 1e6:
+            raise ArgumentError(f"weight: expected a number from 1e-6 to 1e6, got {self.weight!r}")
+        _check_count("floor_nbytes", self.floor_nbytes, 0)
+        if self.ceiling_nbytes is not None:
+            _check_count("ceiling_nbytes", self.ceiling_nbytes, max(1, self.floor_nbytes))
+        _check_count("max_queued", self.max_queued, 0)
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
+            raise ArgumentError(f"priority: expected an integer, got {self.priority!r}")
+        check_fps(self.deadline_fps)
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """A tenant's rights and its account.
+
+    Attributes:
+        spec: its rights.
+        configured: whether someone set them; others are forgotten when idle and room is needed.
+        service: cost units it has had.
+        virtual_time: service by weight, lifted when it comes back from having nothing in line: idle time is no credit.
+        backlogged: whether it had a stream in line at the latest step.
+    """
+
+    spec: TenantSpec
+    configured: bool = False
+    service: float = 0.0
+    virtual_time: float = 0.0
+    backlogged: bool = False
+
+
+def check_fps(value: float | None) -> None:
+    """Raise `ArgumentError` unless `value` is a play-out rate or None."""
+    if value is not None and not (_is_number(value) and 0 < value < math.inf):
+        raise ArgumentError(f"deadline_fps: expected a positive number or None, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(f"{name}: expected an integer >= {least}, got {value!r}")
