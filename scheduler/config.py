@@ -57,7 +57,8 @@ class SchedulerConfig:
     policy_strikes: int = 5
 
     def __post_init__(self) -> None:
-        least = {"max_parks": 1, "min_chunks": 1, "overtakes": 0, "hold_steps": 0, "max_tenants": 1, "policy_strikes": 1}
+        least = {"max_parks": 1, "min_chunks": 1, "overtakes": 0, "hold_steps": 0}
+        least |= {"max_tenants": 1, "policy_strikes": 1}
         if self.max_running is not None:
             least["max_running"] = 1
         for name, bound in least.items():

@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from math import inf
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -80,7 +81,8 @@ def test_priority_goes_before_arrival_and_waiting_raises_it() -> None:
 def test_fair_share_takes_turns_by_virtual_time_and_makes_way_only_beyond_its_quantum() -> None:
     policy = FairShare(quantum=2.0)
     moment = view(
-        stream("a1", 1, tenant="a"), stream("a2", 2, tenant="a"), stream("b1", 3, tenant="b"), stream("c1", 4, tenant="c"),
+        stream("a1", 1, tenant="a"), stream("a2", 2, tenant="a"),
+        stream("b1", 3, tenant="b"), stream("c1", 4, tenant="c"),
         running("ahead", 5, tenant="c"), running("further", 6, tenant="d"), running("even", 7, tenant="b"),
         a=0.0, b=0.5, c=2.5, d=4.0,
     )  # fmt: skip
@@ -139,7 +141,7 @@ def endless() -> Any:
         yield "a"
 
 
-class BadText(Exception):
+class MuteError(Exception):
     """Cannot even say what is wrong."""
 
     def __str__(self) -> str:
@@ -161,7 +163,7 @@ def throw(error: BaseException) -> Any:
         (lambda _: endless(), "named a stream twice"),
         (lambda _: None, "raised TypeError"),
         (lambda _: throw(RecursionError("deep")), "raised RecursionError: deep"),
-        (lambda _: throw(BadText()), "raised BadText: and its message raised, too"),
+        (lambda _: throw(MuteError()), "raised MuteError: and its message raised, too"),
     ],
 )
 def test_a_wrong_ranking_is_replaced_reported_and_counted(answer: Any, fault: str) -> None:
@@ -271,3 +273,15 @@ def test_the_policies_of_the_package_are_policies() -> None:
     for policy in policies:
         assert sorted(policy.rank(MOMENT)) == ["a", "b"]
         assert set(policy.park(MOMENT, None)) <= MOMENT.parkable
+
+
+def test_the_policy_of_the_documentation_works_as_it_says() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "policies.md").read_text()
+    code = text.split("```python\n")[1].split("scheduler = ")[0]
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    policy = scope["ShortestFirst"]()
+    moment = view(stream("long", 1, committed=0), stream("short", 2, committed=1))
+    assert policy.rank(moment) == ["short", "long"]
+    assert policy.park(moment, None) == []
+    assert len(code.splitlines()) <= 20

@@ -1,5 +1,6 @@
 """The simulator runs the real scheduler, the checker follows its log, and what is broken on purpose is found."""
 
+import itertools
 import json
 import random
 import statistics
@@ -149,7 +150,7 @@ def test_arrivals_ascend_at_the_rate_that_was_asked_for(kind: str) -> None:
 def test_bursts_are_as_uneven_as_their_name_says() -> None:
     for kind, cv in (("poisson", 1.0), ("bursts-3", 3.0)):
         times = arrival_times(kind, Random(2), 1.0, 20_000)
-        gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+        gaps = [b - a for a, b in itertools.pairwise(times)]
         assert statistics.pstdev(gaps) / statistics.mean(gaps) == pytest.approx(cv, rel=0.15)
 
 
@@ -190,10 +191,10 @@ def test_simulated_caches_satisfy_the_protocols_and_answer_like_the_store(name: 
     assert cache.park_seconds(10**10) == cache.resume_seconds(10**10) > cache.park_seconds(0) > 0
 
 
-def broken(run: Run, seq: int, **changes: Any) -> list[str]:
-    """A log with one record changed."""
+def broken(run: Run, at: int, /, **changes: Any) -> list[str]:
+    """A log with the record of number `at` changed."""
     lines = list(run.lines)
-    lines[seq] = json.dumps({**json.loads(lines[seq]), **changes})
+    lines[at] = json.dumps({**json.loads(lines[at]), **changes})
     return lines
 
 

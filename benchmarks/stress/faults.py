@@ -68,7 +68,7 @@ class _Hostile(FCFS, ABC):
             return self.misrank(view)
         return super().rank(view)
 
-    def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
+    def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:  # noqa: ARG002 - the protocol names it
         """Whoever may be parked, or something wrong."""
         if self.rng.random() < 0.2:
             self.misdeeds += 1

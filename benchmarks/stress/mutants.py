@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from qvg_paged.scheduler import SchedulerConfig
 from stress.checker import check_log
 from stress.scenario import Scenario, draw_scenario
 from stress.simulator import simulate
-
-from qvg_paged.scheduler import SchedulerConfig
 
 __all__ = ["MUTANTS", "Mutant", "find_mutant", "planted"]
 
@@ -98,7 +97,7 @@ def planted(mutant: Mutant) -> Iterator[None]:
     if source.count(mutant.good) != 1:
         raise LookupError(f"{mutant.module}: expected once, found {source.count(mutant.good)} times: {mutant.good}")
     scope: dict[str, object] = {"__name__": module.__name__}
-    exec(compile(textwrap.dedent(source.replace(mutant.good, mutant.bad)), str(module.__file__), "exec"), scope)  # noqa: S102
+    exec(compile(textwrap.dedent(source.replace(mutant.good, mutant.bad)), str(module.__file__), "exec"), scope)
     codes = _functions(vars(module), scope)
     old = [(function, function.__code__) for function, _ in codes]
     for function, other in codes:

@@ -3,11 +3,10 @@
 from dataclasses import dataclass, field
 from random import Random
 
+from qvg_paged.scheduler import SchedulerConfig, TenantSpec
 from stress.arrivals import ARRIVALS
 from stress.faults import FAULTS, HOSTILE
 from stress.models import MODELS, Costs
-
-from qvg_paged.scheduler import SchedulerConfig, TenantSpec
 
 __all__ = ["POLICIES", "Scenario", "draw_scenario"]
 

@@ -11,11 +11,6 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-from stress.arrivals import arrival_times
-from stress.faults import HOSTILE, VirtualClock, VirtualRunner
-from stress.models import MODELS, SimulatedCache, StaticCache
-from stress.scenario import Scenario
-
 from qvg_paged.errors import ArgumentError
 from qvg_paged.scheduler import (
     FCFS,
@@ -32,6 +27,10 @@ from qvg_paged.scheduler import (
     TenantSpec,
 )
 from qvg_paged.timeline import Demand
+from stress.arrivals import arrival_times
+from stress.faults import HOSTILE, VirtualClock, VirtualRunner
+from stress.models import MODELS, SimulatedCache, StaticCache
+from stress.scenario import Scenario
 
 __all__ = ["Run", "Simulator", "simulate"]
 
