@@ -216,4 +216,4 @@ def _run_variant(bench: _Bench, progress: Callable[[str], None], variant: str) -
 
 
 def _plain(options: EvalOptions) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    return {name: value.name if isinstance(value, Path) else value for name, value in asdict(options).items()}
