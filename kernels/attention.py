@@ -113,9 +113,7 @@ def attention_workspace_nbytes(
     return max(direct, staged_nbytes(part, q_heads, max_queries, dtype))
 
 
-def _choose(
-    path: AttentionPath, q: torch.Tensor, table: BlockTable, layouts: Sequence[PageLayout]
-) -> AttentionPath:
+def _choose(path: AttentionPath, q: torch.Tensor, table: BlockTable, layouts: Sequence[PageLayout]) -> AttentionPath:
     if path is AttentionPath.DIRECT and q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ArgumentError(f"path: expected staged, reference or auto for tensors on {q.device}, got direct")
     if path is not AttentionPath.AUTO:
@@ -143,9 +141,7 @@ def _check_queries(
             f"q: expected [total_q, a multiple of {part.heads} heads, {part.head_dim}], got {tuple(q.shape)}"
         )
     if q.dtype not in QUERY_DTYPES or q.device != buffer.device:
-        raise ArgumentError(
-            f"q: expected float32, float16 or bfloat16 on {buffer.device}, got {q.dtype} on {q.device}"
-        )
+        raise ArgumentError(f"q: expected float32, float16 or bfloat16 on {buffer.device}, got {q.dtype} on {q.device}")
     if q.requires_grad and torch.is_grad_enabled():
         raise ArgumentError("q: expected a tensor that needs no gradient (inference only); detach it or use no_grad")
     if not 0 <= layer < layouts[0].num_layers:

@@ -56,9 +56,7 @@ def query_blocks(
     """Blocks of `rows` rows over the queries of `sequences`, `group` rows a query."""
 
     def build() -> QueryBlocks:
-        blocks = [
-            (b, row) for b in sequences for row in range(0, (cu_queries[b + 1] - cu_queries[b]) * group, rows)
-        ]
+        blocks = [(b, row) for b in sequences for row in range(0, (cu_queries[b + 1] - cu_queries[b]) * group, rows)]
 
         def upload(values: Sequence[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int32).to(table.device, non_blocking=True)

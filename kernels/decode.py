@@ -1,6 +1,6 @@
 """Decoding: pages become keys or values in natural channel order, keys turned by RoPE on the way if asked to.
 
-    x = balance * (scale * (step * code + offset) + sum over stages of centroid[id])         in float32, rounded once
+x = balance * (scale * (step * code + offset) + sum over stages of centroid[id])         in float32, rounded once
 """
 
 from types import ModuleType

@@ -11,6 +11,7 @@ from qvg_paged.kernels.backend import Backend, uses_triton
 
 __all__ = ["merge_into", "merge_into_reference", "merge_partials", "merge_partials_reference"]
 
+
 def merge_partials(
     partials: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     *, backend: Backend = Backend.AUTO,

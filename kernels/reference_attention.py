@@ -48,9 +48,7 @@ def reference_attention(
         k, v = gather_history(buffer, table, layouts, layer, sequence, q.dtype, rope)
         queries, keys, values = (x.transpose(0, 1)[None] for x in (q[rows], k, v))
         grouped = q.shape[1] != k.shape[1]
-        attended = F.scaled_dot_product_attention(
-            queries, keys, values, scale=softmax_scale, enable_gqa=grouped
-        )
+        attended = F.scaled_dot_product_attention(queries, keys, values, scale=softmax_scale, enable_gqa=grouped)
         out[rows] = attended[0].transpose(0, 1)
         lse[rows] = _log_sum_exp(q[rows], k, softmax_scale)
     return out, lse

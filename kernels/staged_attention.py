@@ -45,11 +45,11 @@ def staged_attention(
     workspace: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and results of `qvg_paged.kernels.attention.paged_attention`, already checked."""
-    part = layouts[0].key
-    page_nbytes, longest = decoded_page_nbytes(part, q.dtype), max(map(len, map(table.entries, range(table.batch))))
     if workspace is None:
-        nbytes = min(max(1, longest) * page_nbytes, max(DEFAULT_WORKSPACE, page_nbytes))
-        workspace = torch.empty(nbytes, dtype=torch.uint8, device=q.device)
+        page_nbytes = decoded_page_nbytes(layouts[0].key, q.dtype)
+        pages = sum(map(len, map(table.entries, range(table.batch))))
+        decoded = min(max(1, pages) * page_nbytes, max(DEFAULT_WORKSPACE, page_nbytes))
+        workspace = torch.empty(decoded + _running_nbytes(q), dtype=torch.uint8, device=q.device)
     plan = _plan(q, table, layouts, cu_seqlens_q, rope, workspace.numel())
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)

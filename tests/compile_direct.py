@@ -51,9 +51,7 @@ def compile_variant(head_dim: int, name: str, rotates: bool) -> dict[str, Any]:
         kernel, signature=signature, constexprs={(places[k],): v for k, v in constants.items()}, attrs=attributes
     )
     target = GPUTarget("cuda", 90, 32)
-    done = triton.compile(
-        source, target=target, options={"num_warps": shape.num_warps, "num_stages": shape.num_stages}
-    )
+    done = triton.compile(source, target=target, options={"num_warps": shape.num_warps, "num_stages": shape.num_stages})
     return {"head_dim": head_dim, "format": name, "rotates": rotates, "shared": done.metadata.shared}
 
 

@@ -71,9 +71,7 @@ def test_attention_to_mixed_pages_is_as_good_as_pytorch_on_decoded_keys(
 ) -> None:
     case = random_case(head_dim, dtype, layout)
     q, cu = random_queries(case, 2, dtype)
-    out, lse = paged_attention(
-        q, case.buffer, case.table, case.layouts, 1, cu_seqlens_q=cu, rope=case.rope, path=path
-    )
+    out, lse = paged_attention(q, case.buffer, case.table, case.layouts, 1, cu_seqlens_q=cu, rope=case.rope, path=path)
     assert out.shape == q.shape
     assert out.dtype == dtype
     case.check(q, cu, out, lse, head_dim**-0.5)

@@ -157,9 +157,7 @@ def test_bf16_attention_of_ragged_streams_is_as_good_as_pytorch(
     )
     cu = [0, 4680, 4680 + 64, 4680 + 70, 4680 + 70 + 1560]
     q = torch.randn(cu[-1], 4, head_dim, dtype=torch.bfloat16, device="cuda")
-    out, lse = paged_attention(
-        q, case.buffer, case.table, case.layouts, 1, cu_seqlens_q=cu, rope=rope, path=path
-    )
+    out, lse = paged_attention(q, case.buffer, case.table, case.layouts, 1, cu_seqlens_q=cu, rope=rope, path=path)
     case.check(q, cu, out, lse, head_dim**-0.5)
 
 
@@ -179,9 +177,7 @@ def test_bf16_streams_of_equal_lengths_are_as_good_as_pytorch(path: AttentionPat
 @pytest.mark.parametrize("path", [AttentionPath.DIRECT, AttentionPath.STAGED])
 def test_pages_beyond_two_to_the_31_bytes_are_read(path: AttentionPath) -> None:
     far = (2**32 + 2**31) // GRANULE * GRANULE
-    case = build_case(
-        ALL[:5], [[0, 1, 2, 3, 4]], tokens=300, dtype=torch.bfloat16, device="cuda", first_byte=far
-    )
+    case = build_case(ALL[:5], [[0, 1, 2, 3, 4]], tokens=300, dtype=torch.bfloat16, device="cuda", first_byte=far)
     q = torch.randn(50, 2, 64, dtype=torch.bfloat16, device="cuda")
     out, lse = paged_attention(q, case.buffer, case.table, case.layouts, 1, cu_seqlens_q=[0, 50], path=path)
     case.check(q, [0, 50], out, lse, 0.125)

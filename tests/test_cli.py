@@ -100,9 +100,7 @@ def test_the_exit_status_of_the_demo_says_whether_its_promises_held(
     held: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     written = []
-    module = SimpleNamespace(
-        DemoOptions=SimpleNamespace, run=lambda _options, _progress: demo_result(held)
-    )
+    module = SimpleNamespace(DemoOptions=SimpleNamespace, run=lambda _options, _progress: demo_result(held))
     files = SimpleNamespace(write=lambda path, content: written.append((path, content)))
     monkeypatch.setattr(cli, "_benchmark", {"demo": module, "results_file": files}.__getitem__)
     result = runner.invoke(cli.app, ["demo", "--json", str(tmp_path / "demo.json")])

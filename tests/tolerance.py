@@ -21,9 +21,7 @@ def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: fl
     return F.scaled_dot_product_attention(*heads, scale=scale, enable_gqa=grouped)[0].transpose(0, 1)
 
 
-def assert_as_good(
-    actual: torch.Tensor, exact: torch.Tensor, baseline: torch.Tensor, exact_lse: torch.Tensor
-) -> None:
+def assert_as_good(actual: torch.Tensor, exact: torch.Tensor, baseline: torch.Tensor, exact_lse: torch.Tensor) -> None:
     """Maximum and RMS error of `actual` are at most twice those of `baseline`.
 
     Beyond that, two roundings of the largest output are allowed (with one key the baseline may have no error at all),
