@@ -118,8 +118,8 @@ def fill(text: str, folder: Path) -> str:
             raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {name!r}")
         file, command, layout = TABLES[name]
         parts = []
-        for path in sorted(folder.glob(f"*/{file}")):
-            content = json.loads(path.read_text())
+        found = [(path, json.loads(path.read_text())) for path in folder.glob(f"*/{file}")]
+        for path, content in sorted(found, key=lambda item: (item[1]["device"]["type"] == "cpu", item[0])):
             link = path.relative_to(folder.parents[1])
             parts.append(f"{_source(content)} ([result file]({link.as_posix()}))\n\n{layout(content)}\n")
         body = "\n".join(parts) or f"No result recorded yet; `{command}` makes one.\n"

@@ -39,10 +39,10 @@ def result(
         warnings: what a reader of the numbers should know.
         command: the command line; None for that of this process.
     """
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else list(command)
+    words = [_program(), *sys.argv[1:]] if command is None else list(command)
     return {
         "schema": SCHEMA,
-        "command": " ".join(words),
+        "command": " ".join(map(_portable, words)),
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": describe_device(device),
@@ -51,6 +51,19 @@ def result(
         "results": _plain(results),
         "warnings": list(warnings),
     }
+
+
+def _program() -> str:
+    started = Path(sys.argv[0])
+    return "qvg-paged" if started.name == "__main__.py" else started.name
+
+
+def _portable(word: str) -> str:
+    """`word` without the folders of this machine: a path from the checkout's root on, any other by its name."""
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def write(path: Path | str, content: Mapping[str, Any]) -> Path:
@@ -136,4 +149,4 @@ def _plain(value: Any) -> Any:
         return value.value
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    return str(value)
+    return _portable(str(value))

@@ -243,6 +243,14 @@ def test_readme_tables_come_from_result_files_only(run_demo: Any, tmp_path: Path
         readme_tables.fill("<!-- table: speed -->\n<!-- end -->", results)
 
 
+def test_result_files_name_no_folder_of_the_machine_they_were_made_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/qvg_paged/__main__.py", "demo", "--out", "/somewhere/runs/x"])
+    inside = results_file.ROOT / "benchmarks" / "world_model"
+    content = results_file.result(device="cpu", config={"out": Path("/somewhere/x"), "model": inside}, results=[])
+    assert content["command"] == "qvg-paged demo --out x"
+    assert content["config"] == {"out": "x", "model": "benchmarks/world_model"}
+
+
 def test_psnr_between_a_run_and_itself_is_not_infinite() -> None:
     frames = torch.rand(2, 3, 8, 8)
     assert psnr(frames, frames).clamp_max(demo_results.MAX_PSNR).isfinite().all()
