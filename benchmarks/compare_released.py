@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import results_file
 import torch
 import triton
 import triton.language as tl
@@ -261,11 +262,8 @@ def main() -> int:
         seconds = round(time.perf_counter() - start, 2)
         paths = [asdict(result) for result in results]
         rows.append({"bits": bits, "block_size": block, "stages": stages, "seconds": seconds, "paths": paths})
-    device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    record = {"device": device, "versions": versions, "reciprocals": probe, "same": good, "cases": rows}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(record, indent=1) + "\n")
+    found = {"reciprocals": probe, "same": good, "cases": rows}
+    results_file.write(args.json, results_file.result(device=args.device, config=vars(args), results=found))
     print("same" if good else "NOT the same", "->", args.json)
     return 0 if good else 1
 
