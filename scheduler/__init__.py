@@ -4,6 +4,7 @@ from qvg_paged.scheduler.backend import CacheBackend, ParkingBackend
 from qvg_paged.scheduler.config import Reservation, SchedulerConfig
 from qvg_paged.scheduler.log import DecisionLog
 from qvg_paged.scheduler.plan import Decision, Outcome, Plan, Reason
+from qvg_paged.scheduler.plugins import available_policies, load_policy
 from qvg_paged.scheduler.policy import FCFS, EarliestDeadline, FairShare, Policy, Priority
 from qvg_paged.scheduler.request import StreamRequest, StreamState
 from qvg_paged.scheduler.scheduler import Scheduler
@@ -32,4 +33,6 @@ __all__ = [
     "SystemView",
     "TenantSpec",
     "TenantView",
+    "available_policies",
+    "load_policy",
 ]

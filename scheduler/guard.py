@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
+from qvg_paged.errors import StateError
 from qvg_paged.scheduler.policy import FCFS, Policy
 from qvg_paged.scheduler.view import StreamView, SystemView
 
-__all__ = ["Answer", "InPlace", "PolicyGuard", "Recorded", "Runner", "Worker"]
+__all__ = ["Answer", "InPlace", "OutsideLock", "PolicyGuard", "Recorded", "Runner", "Worker"]
 
 Answer = tuple[list[Any] | None, str]
 """What a policy answered, unchecked, or None and what went wrong."""
@@ -33,11 +34,32 @@ class Runner(Protocol):
         """The first ``most + 1`` elements of what `call` returns, or what went wrong."""
 
 
+_thread = threading.local()
+
+
+class OutsideLock:
+    """A re-entrant lock that a policy cannot take while it is asked: it would change what is being decided."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        if getattr(_thread, "asking", False):
+            raise StateError("scheduler: expected no call from inside a policy; answer from what the view shows")
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 def _collect(call: Callable[[], Any], most: int, caught: type[BaseException]) -> Answer:
+    _thread.asking = True
     try:
         return list(islice(iter(call()), most + 1)), ""
     except caught as error:
         return None, f"raised {type(error).__name__}: {_text(error)}"
+    finally:
+        _thread.asking = False
 
 
 def _text(error: BaseException) -> str:

@@ -4,13 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from random import Random
-from threading import RLock
 
 from qvg_paged.errors import ArgumentError, StateError
 from qvg_paged.scheduler.backend import CacheBackend
 from qvg_paged.scheduler.config import Reservation, SchedulerConfig
 from qvg_paged.scheduler.core import decide
-from qvg_paged.scheduler.guard import InPlace, PolicyGuard, Runner, Worker
+from qvg_paged.scheduler.guard import InPlace, OutsideLock, PolicyGuard, Runner, Worker
 from qvg_paged.scheduler.inputs import Cancel, Drain, Input, LimitPool, Report, SetTenant, Shutdown, Submit, apply
 from qvg_paged.scheduler.log import DecisionLog, describe_input, describe_plan
 from qvg_paged.scheduler.plan import Decision, Outcome, Plan
@@ -39,7 +38,8 @@ class Scheduler:
 
     Threads: methods may be called from any thread; one lock makes them one after the other. `step` and `update` come
     in pairs from whoever drives the engine, the rest at any time in between. A foreign policy runs in a thread of its
-    own and must not call the scheduler. Answers about finished streams are kept for the latest 1,024 of them.
+    own and must not call the scheduler (`StateError` inside the policy). Answers about finished streams are kept for
+    the latest 1,024 of them.
 
     Args:
         cache: whose pool is shared out; only its books are asked, its streams are the engine's.
@@ -72,7 +72,7 @@ class Scheduler:
         self._plan: Plan | None = None
         self._rng = Random(seed)
         self._log = log
-        self._lock = RLock()
+        self._lock = OutsideLock()
         self._write(
             {
                 "kind": "open",

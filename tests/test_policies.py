@@ -6,19 +6,21 @@ import time
 import weakref
 from collections.abc import Sequence
 from math import inf
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pytest
-from tiny import WINDOW
+from tiny import WINDOW, make_cache
 
+from qvg_paged import StateError
 from qvg_paged.scheduler import (
     FCFS,
     EarliestDeadline,
     FairShare,
     Policy,
     Priority,
+    Scheduler,
+    SchedulerConfig,
     StreamRequest,
     StreamState,
     StreamView,
@@ -275,13 +277,22 @@ def test_the_policies_of_the_package_are_policies() -> None:
         assert set(policy.park(MOMENT, None)) <= MOMENT.parkable
 
 
-def test_the_policy_of_the_documentation_works_as_it_says() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "policies.md").read_text()
-    code = text.split("```python\n")[1].split("scheduler = ")[0]
-    scope: dict[str, Any] = {}
-    exec(code, scope)
-    policy = scope["ShortestFirst"]()
-    moment = view(stream("long", 1, committed=0), stream("short", 2, committed=1))
-    assert policy.rank(moment) == ["short", "long"]
-    assert policy.park(moment, None) == []
-    assert len(code.splitlines()) <= 20
+@pytest.mark.parametrize("budget", [None, 10.0])
+def test_a_policy_that_calls_the_scheduler_gets_an_error_and_changes_nothing(budget: float | None) -> None:
+    caught: list[str] = []
+
+    def meddle(view: SystemView) -> Any:
+        for call in (lambda: scheduler.cancel("a"), lambda: scheduler.step(99.0), scheduler.shutdown):
+            try:
+                call()
+            except StateError as error:
+                caught.append(str(error))
+        return [s.id for s in view.waiting]
+
+    cache = make_cache(pool=30 * (16 << 10), format="dense")
+    scheduler = Scheduler(cache, Scripted(meddle), SchedulerConfig(policy_seconds=budget))
+    scheduler.submit(StreamRequest("a", "t", 3, WINDOW))
+    plan = scheduler.step(0.0)
+    assert [decision.stream_id for decision in plan.admitted] == ["a"]
+    assert caught == ["scheduler: expected no call from inside a policy; answer from what the view shows"] * 3
+    assert scheduler.state("a") is StreamState.RUNNING
