@@ -3,13 +3,14 @@
 import math
 import os
 from collections.abc import Sequence
-from enum import Enum
 
 import torch
 
-from qvg_paged.kernels.backend import kernel_scope
+from qvg_paged.kernels.attention_plan import remembered
+from qvg_paged.kernels.backend import has_fp8_attention, kernel_scope
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.direct_path import direct_path, partial_nbytes
+from qvg_paged.kernels.dispatch import AttentionPath, Workload, dispatch_table
 from qvg_paged.kernels.errors import ArgumentError
 from qvg_paged.kernels.layout import PageLayout
 from qvg_paged.kernels.reference_attention import reference_attention
@@ -19,19 +20,6 @@ from qvg_paged.kernels.staged_attention import staged_attention, staged_nbytes
 __all__ = ["AttentionPath", "attention_workspace_nbytes", "paged_attention"]
 
 QUERY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class AttentionPath(Enum):
-    """How pages are read; results agree within rounding."""
-
-    REFERENCE = "reference"
-    """Decode all of a sequence's pages in table order, then one `scaled_dot_product_attention` call."""
-    STAGED = "staged"
-    """Decode slices into bounded scratch, then the best dense kernel; slices merged by log-sum-exp."""
-    DIRECT = "direct"
-    """A Triton kernel reads the pages, split over keys; CUDA, or Triton's interpreter."""
-    AUTO = "auto"
-    """`DIRECT` for 16-bit queries on CUDA when the table has quantised pages, else `STAGED`."""
 
 
 def paged_attention(
@@ -45,6 +33,7 @@ def paged_attention(
     softmax_scale: float | None = None,
     rope: RoPESpec | None = None,
     path: AttentionPath = AttentionPath.AUTO,
+    allow_fp8: bool = True,
     workspace: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Full attention of each sequence's queries to all tokens of its pages.
@@ -62,6 +51,7 @@ def paged_attention(
         softmax_scale: positive factor on the scores; ``head_dim ** -0.5`` if None.
         rope: rotate keys to ``table.positions`` when read; None if they were stored rotated.
         path: how pages are read.
+        allow_fp8: whether `AttentionPath.AUTO` may choose `AttentionPath.STAGED_FP8`.
         workspace: 1-D uint8 scratch on the pool's device for decoded keys or partial results; allocated if None.
 
     Returns:
@@ -80,7 +70,7 @@ def paged_attention(
     scale = layouts[0].key.head_dim ** -0.5 if softmax_scale is None else softmax_scale
     if not 0 < scale < math.inf:
         raise ArgumentError(f"softmax_scale: expected a positive number, got {scale}")
-    path = _choose(path, q, table, layouts)
+    path = _choose(path, q, table, layouts, cu_queries, rope, allow_fp8)
     if len(q) == 0:
         return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     with kernel_scope(q.device):
@@ -88,7 +78,7 @@ def paged_attention(
             return reference_attention(
                 q, buffer, table, layouts, layer, cu_seqlens_q=cu_queries, softmax_scale=scale, rope=rope
             )
-        run = staged_attention if path is AttentionPath.STAGED else direct_path
+        run = direct_path if path is AttentionPath.DIRECT else staged_attention
         return run(
             q, buffer, table, layouts, layer,
             cu_seqlens_q=cu_queries, softmax_scale=scale, rope=rope, workspace=workspace,
@@ -113,14 +103,41 @@ def attention_workspace_nbytes(
     return max(direct, staged_nbytes(part, q_heads, max_queries, dtype))
 
 
-def _choose(path: AttentionPath, q: torch.Tensor, table: BlockTable, layouts: Sequence[PageLayout]) -> AttentionPath:
+def _choose(
+    path: AttentionPath,
+    q: torch.Tensor,
+    table: BlockTable,
+    layouts: Sequence[PageLayout],
+    cu_queries: tuple[int, ...],
+    rope: RoPESpec | None,
+    allow_fp8: bool,
+) -> AttentionPath:
     if path is AttentionPath.DIRECT and q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ArgumentError(f"path: expected staged, reference or auto for tensors on {q.device}, got direct")
+    fp8 = has_fp8_attention(q.device) and q.dtype is not torch.float32
+    if path is AttentionPath.STAGED_FP8 and not fp8:
+        return AttentionPath.STAGED
     if path is not AttentionPath.AUTO:
         return path
-    quantised = any(not layouts[fmt].format.is_dense for fmt in table.groups)
-    half = q.dtype is not torch.float32
-    return AttentionPath.DIRECT if q.device.type == "cuda" and half and quantised else AttentionPath.STAGED
+    quantised = [fmt for fmt in table.groups if not layouts[fmt].format.is_dense]
+    if q.device.type != "cuda" or q.dtype is torch.float32 or not quantised:
+        return AttentionPath.STAGED
+    allowed = [AttentionPath.STAGED, AttentionPath.DIRECT, *[AttentionPath.STAGED_FP8] * (fp8 and allow_fp8)]
+
+    def choose() -> AttentionPath:
+        part = layouts[0].key
+        sequences = range(table.batch)
+        workload = Workload(
+            queries=max(cu_queries[b + 1] - cu_queries[b] for b in sequences) * (q.shape[1] // part.heads),
+            keys=max(len(table.entries(b)) for b in sequences) * part.tokens,
+            heads=part.heads * sum(cu_queries[b + 1] > cu_queries[b] for b in sequences),
+            head_dim=part.head_dim,
+            format=layouts[quantised[0]].format.name,
+            rope=rope is not None,
+        )
+        return dispatch_table(q.device).choose(workload, allowed)
+
+    return remembered(table, ("path", cu_queries, q.shape[1], tuple(allowed), rope is not None), choose)
 
 
 def _check_queries(

@@ -10,12 +10,13 @@ import torch
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.rope import RoPESpec, RoPETables
 
-__all__ = ["Cohort", "DecodeRun", "QueryBlocks", "Slice", "cohorts", "query_blocks", "rope_tables"]
+__all__ = ["Cohort", "DecodeRun", "QueryBlocks", "Slice", "cohorts", "query_blocks", "remembered", "rope_tables"]
 
 T = TypeVar("T")
 
 
-def _cached(table: BlockTable, key: Hashable, build: Callable[[], T]) -> T:
+def remembered(table: BlockTable, key: Hashable, build: Callable[[], T]) -> T:
+    """What `build` returns, built once for `table`."""
     if key not in table.cache:
         table.cache[key] = build()
     value: T = table.cache[key]
@@ -24,7 +25,7 @@ def _cached(table: BlockTable, key: Hashable, build: Callable[[], T]) -> T:
 
 def rope_tables(table: BlockTable, fmt: int, rope: RoPESpec) -> RoPETables:
     """Cosines and sines for the positions of the table's entries of one format, on its device."""
-    return _cached(table, ("rope", fmt, rope), lambda: rope.tables(_group_positions(table, fmt), table.device))
+    return remembered(table, ("rope", fmt, rope), lambda: rope.tables(_group_positions(table, fmt), table.device))
 
 
 def _group_positions(table: BlockTable, fmt: int) -> list[float]:
@@ -64,7 +65,7 @@ def query_blocks(
         sequence, row = upload([b for b, _ in blocks]), upload([r for _, r in blocks])
         return QueryBlocks(sequence, row, upload(cu_queries), len(blocks), cu_queries[sequences.start])
 
-    return _cached(table, ("queries", cu_queries, sequences, group, rows), build)
+    return remembered(table, ("queries", cu_queries, sequences, group, rows), build)
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def cohorts(
             made.append(Cohort(members, tuple(cut(table, rope, members, capacity))))
         return tuple(made)
 
-    return _cached(table, ("cohorts", cu_queries, rope, capacity, together), build)
+    return remembered(table, ("cohorts", cu_queries, rope, capacity, together), build)
 
 
 def _equals(table: BlockTable, cu_queries: tuple[int, ...], most: int) -> list[range]:

@@ -9,7 +9,7 @@ import torch
 
 from qvg_paged.kernels.errors import ArgumentError
 
-__all__ = ["Backend", "kernel_scope", "uses_triton"]
+__all__ = ["Backend", "has_fp8_attention", "kernel_scope", "uses_triton"]
 
 
 class Backend(Enum):
@@ -37,6 +37,11 @@ def uses_triton(backend: Backend, device: torch.device) -> bool:
             "set TRITON_INTERPRET=1 before triton is imported to run kernels in its interpreter"
         )
     return backend is Backend.TRITON
+
+
+def has_fp8_attention(device: torch.device) -> bool:
+    """Whether matrix products of E4M3 run on `device`: CUDA, compute capability 9.0 and above."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @contextmanager

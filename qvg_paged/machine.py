@@ -11,6 +11,7 @@ import qvg_paged
 from qvg_paged.budget import page_layouts
 from qvg_paged.config import CacheConfig, ModelSpec
 from qvg_paged.kernels.attention import AttentionPath
+from qvg_paged.kernels.backend import has_fp8_attention
 from qvg_paged.kernels.formats import FORMATS
 
 __all__ = ["describe_formats", "describe_machine", "describe_paths"]
@@ -44,11 +45,13 @@ def describe_machine() -> dict[str, Any]:
 def describe_paths() -> dict[str, str]:
     """How attention reads pages, and whether that works here."""
     here = torch.cuda.is_available() or _interpreted()
+    fp8 = torch.cuda.is_available() and has_fp8_attention(torch.device("cuda"))
     about = {
         AttentionPath.REFERENCE: "gather in order, one call of PyTorch's attention",
         AttentionPath.STAGED: "decode into bounded scratch, dense attention, merge",
+        AttentionPath.STAGED_FP8: "the same in FP8" if fp8 else "staged instead: needs capability 9.0",
         AttentionPath.DIRECT: "Triton kernel that reads pages" if here else "not here: needs a GPU",
-        AttentionPath.AUTO: "picks one of the others",
+        AttentionPath.AUTO: "picks one of the others by measured times",
     }
     return {path.value: about[path] for path in AttentionPath}
 

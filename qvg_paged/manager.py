@@ -167,6 +167,7 @@ class KVCacheManager:
                 softmax_scale=self.model.scale,
                 rope=self.model.read_rope,
                 path=cast(AttentionPath, self.config.path),
+                allow_fp8=self.config.allow_fp8,
                 workspace=self._staging,
             )
             return out
