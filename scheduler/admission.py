@@ -1,7 +1,7 @@
 """Who fits, who makes room and who gets in: one pass over the line, on the books of one step."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from operator import attrgetter
 from typing import Protocol
 
 from qvg_paged.scheduler.plan import Decision, Reason
@@ -12,6 +12,10 @@ from qvg_paged.scheduler.view import StreamView, SystemView
 from qvg_paged.timeline import Demand
 
 __all__ = ["Advice", "Books", "admit", "squeeze"]
+
+DECISION = attrgetter("decision")
+TEXT = attrgetter("text")
+BEHIND = "the first in line does not fit yet, and nobody overtakes it"
 
 
 class Advice(Protocol):
@@ -35,6 +39,7 @@ class Books:
         demand, nbytes: to all running streams.
         by_tenant: bytes by tenant.
         parked: decisions about streams that were parked in this step.
+        news: waiting streams about which something else was decided than before.
     """
 
     def __init__(self, rules: Rules, state: State, now: float, seed: int) -> None:
@@ -45,6 +50,8 @@ class Books:
         for entry in state.running.values():
             self.by_tenant[entry.tenant] = self.by_tenant.get(entry.tenant, 0) + entry.need_nbytes
         self.parked: list[Decision] = []
+        self.news: list[str] = []
+        self._view: SystemView | None = None
         self.has_floors = any(tenant.spec.floor_nbytes for tenant in state.tenants.values())
 
     @property
@@ -54,7 +61,11 @@ class Books:
 
     def view(self, *, forced: bool) -> SystemView:
         """What the policy sees now."""
-        return system_view(self.rules, self.state, self.now, self.seed, self.by_tenant, forced=forced)
+        if forced:
+            return system_view(self.rules, self.state, self.now, self.seed, self.by_tenant, forced=True)
+        if self._view is None:
+            self._view = system_view(self.rules, self.state, self.now, self.seed, self.by_tenant, forced=False)
+        return self._view
 
     def held(self, tenant: str) -> int:
         """Bytes promised to a tenant's running streams."""
@@ -82,24 +93,26 @@ class Books:
 
     def add(self, entry: Entry) -> None:
         """Promise an entry what it needs next."""
+        self._view = None
         self.demand += entry.need
         self.nbytes += entry.need_nbytes
         self.by_tenant[entry.tenant] = self.held(entry.tenant) + entry.need_nbytes
 
     def park(self, entry: Entry, reason: Reason, text: str) -> None:
         """Move a running stream to the line."""
+        self._view = None
         self.demand = total(other for other in self.state.running.values() if other is not entry)
         self.nbytes -= entry.need_nbytes
         self.by_tenant[entry.tenant] -= entry.need_nbytes
         decision = Decision(entry.id, reason, text)
-        del self.state.running[entry.id]
-        self.state.parked[entry.id] = replace(
-            entry,
-            state=StreamState.PARKED,
-            decision=decision,
-            parks=entry.parks + 1,
-            stalls=entry.stalls + 1,
-            since=self.now,
+        self.state.park(
+            entry.but(
+                state=StreamState.PARKED,
+                decision=decision,
+                parks=entry.parks + 1,
+                stalls=entry.stalls + 1,
+                since=self.now,
+            )
         )
         self.parked.append(decision)
 
@@ -155,24 +168,25 @@ def admit(books: Books, advice: Advice) -> tuple[list[Decision], list[Decision],
     state, rules = books.state, books.rules
     if not state.queued and not state.parked:
         return [], [], []
-    squeezed = {decision.stream_id for decision in books.parked}
-    order = advice.rank(books.view(forced=False))
-    line = _line(books, [stream_id for stream_id in order if stream_id not in squeezed])
+    line = _line(books, advice.rank(books.view(forced=False)))
     admitted: list[Decision] = []
     resumed: list[Decision] = []
     waiting: list[Decision] = []
     barred: set[str] = set()
     first: Entry | None = None
     gate: Entry | None = None  # stops newcomers, but not the parked ones that it waits for
-    for entry in line:
+    for place, entry in enumerate(line):
+        if first is not None and first.overtaken >= rules.config.overtakes and not barred:
+            waiting += _all_behind(books, line[place:])
+            break
         if entry.tenant in barred:
-            waiting.append(_wait(entry, Reason.QUOTA, f"tenant {entry.tenant!r} has a stream in line before it"))
+            waiting.append(_wait(books, entry, Reason.QUOTA, f"tenant {entry.tenant!r} has a stream in line before it"))
             continue
         before = first if first is not None and first.overtaken >= rules.config.overtakes else None
         if before is None and entry.state is StreamState.QUEUED:
             before = gate
         if before is not None:
-            waiting.append(_wait(entry, Reason.BEHIND, f"{before.id!r} is first in line and does not fit yet"))
+            waiting.append(_wait(books, entry, Reason.BEHIND, BEHIND))
             continue
         ready = rules.need(entry, entry.backed and _is_backed(books, entry))
         blocked = _obstacle(books, ready)
@@ -180,10 +194,9 @@ def admit(books: Books, advice: Advice) -> tuple[list[Decision], list[Decision],
             blocked = _obstacle(books, ready)
         if blocked is None:
             (resumed if entry.state is StreamState.PARKED else admitted).append(_start(books, ready))
-            if first is not None:
-                first = _overtaken(state, first)
+            first = first and _overtaken(state, first)
             continue
-        waiting.append(_wait(entry, *blocked))
+        waiting.append(_wait(books, entry, *blocked))
         if blocked[0] is Reason.QUOTA:
             barred.add(entry.tenant)
         elif blocked[0] is Reason.NO_HOST_MEMORY:
@@ -198,7 +211,9 @@ def admit(books: Books, advice: Advice) -> tuple[list[Decision], list[Decision],
 def _line(books: Books, order: Sequence[str]) -> list[Entry]:
     """Waiting entries in the policy's order, after those that a floor entitles; on hold, parked ones come first."""
     state = books.state
-    line = [state.queued[name] if name in state.queued else state.parked[name] for name in order]
+    squeezed = {decision.stream_id for decision in books.parked}
+    known = {**state.queued, **state.parked} if state.parked else state.queued
+    line = [known[name] for name in order if name not in squeezed] if squeezed else list(map(known.__getitem__, order))
     if state.hold:
         line.sort(key=lambda entry: entry.state is StreamState.QUEUED)
     if books.has_floors:
@@ -212,7 +227,7 @@ def _is_claim(books: Books, entry: Entry) -> bool:
 
 def _overtaken(state: State, first: Entry) -> Entry:
     group = state.queued if first.id in state.queued else state.parked
-    group[first.id] = replace(group[first.id], overtaken=first.overtaken + 1)
+    state.keep(group[first.id].but(overtaken=first.overtaken + 1))
     return group[first.id]
 
 
@@ -308,11 +323,11 @@ def _make_way(books: Books, advice: Advice, entry: Entry) -> bool:
     """Park what the policy, or the floor of the entry's tenant, gives up for it; nothing unless it is enough."""
     if books.rules.parking is None or not (entry.state is StreamState.PARKED or _is_safe(books, entry)):
         return False
-    view = books.view(forced=False)
-    if not view.parkable:
+    running = books.state.running.values()
+    if not any(may_be_parked(books.rules, books.state, other, forced=False) for other in running):
         return False
-    stream = next(other for other in view.waiting if other.id == entry.id)
-    wanted = [books.state.running[name] for name in advice.park(view, stream)]
+    view = books.view(forced=False)
+    wanted = [books.state.running[name] for name in advice.park(view, entry.view)]
     claim = books.has_floors and _is_claim(books, entry)
     if claim:
         named = {other.id for other in wanted}
@@ -345,19 +360,33 @@ def _start(books: Books, entry: Entry) -> Decision:
         f"promised to {len(state.running) + 1} streams"
     )
     decision = Decision(entry.id, Reason.RESUMED if resumed else Reason.ADMITTED, text)
-    del (state.parked if resumed else state.queued)[entry.id]
-    state.running[entry.id] = replace(
-        entry,
-        decision=decision,
-        state=StreamState.RUNNING,
-        chunks_before=entry.chunks,
-        since=books.now,
-        overtaken=0,
-        progressed=state.step,
+    state.start(
+        entry.but(
+            decision=decision,
+            state=StreamState.RUNNING,
+            chunks_before=entry.chunks,
+            since=books.now,
+            overtaken=0,
+            progressed=state.step,
+        )
     )
     return decision
 
 
-def _wait(entry: Entry, reason: Reason, text: str) -> Decision:
-    old = entry.decision
-    return old if old.reason is reason and old.text == text else Decision(entry.id, reason, text)
+def _all_behind(books: Books, rest: Sequence[Entry]) -> list[Decision]:
+    """The same for the rest of the line, of which most have been told so already."""
+    decisions = list(map(DECISION, rest))
+    if list(map(TEXT, decisions)).count(BEHIND) < len(decisions):
+        for place in [place for place, decision in enumerate(decisions) if decision.text is not BEHIND]:
+            decisions[place] = _wait(books, rest[place], Reason.BEHIND, BEHIND)
+    return decisions
+
+
+def _wait(books: Books, entry: Entry, reason: Reason, text: str) -> Decision:
+    """The decision that a stream waits; the old one if it says the same."""
+    decision = entry.decision
+    if decision.reason is not reason or decision.text != text:
+        decision = Decision(entry.id, reason, text)
+        books.state.keep(entry.but(decision=decision))
+        books.news.append(entry.id)
+    return decision

@@ -56,6 +56,7 @@ def decide(
     books = Books(rules, state, now, rng.getrandbits(32))
     squeeze(books, advice)
     admitted, resumed, waiting = admit(books, advice)
+    state.news = (*books.news, *(decision.stream_id for decision in books.parked))
     _elect_leader(state)
     plan = Plan(
         step=state.step,
@@ -87,17 +88,18 @@ def _charge(rules: Rules, state: State, seconds: float) -> None:
 
 
 def _note_times(state: State) -> None:
-    for group in (state.queued, state.running):
-        for stream_id, entry in group.items():
-            if entry.since is None:
-                group[stream_id] = replace(entry, since=state.now)
-            elif entry.chunks and entry.first_chunk is None:
-                group[stream_id] = replace(entry, first_chunk=state.now)
+    for stream_id in state.fresh:
+        if stream_id in state.queued:
+            state.queued[stream_id] = state.queued[stream_id].but(since=state.now)
+    state.fresh = ()
+    for stream_id, entry in state.running.items():
+        if entry.chunks and entry.first_chunk is None:
+            state.running[stream_id] = entry.but(first_chunk=state.now)
 
 
 def _lift(state: State) -> None:
     """A tenant that comes back with streams in line starts where those in line are: idle time is no credit."""
-    in_line = {entry.tenant for group in (state.queued, state.parked) for entry in group.values()}
+    in_line = state.lines
     staying = [t.virtual_time for name, t in state.tenants.items() if t.backlogged and name in in_line]
     state.virtual_floor = max(state.virtual_floor, min(staying, default=0.0))
     for name, tenant in state.tenants.items():
@@ -141,10 +143,5 @@ def _hand_out(state: State, plan: Plan) -> None:
     for decision in plan.running:
         entry = state.running[decision.stream_id]
         if entry.decision is not decision:
-            state.running[entry.id] = replace(entry, decision=decision)
-    for decision in plan.waiting:
-        group = state.queued if decision.stream_id in state.queued else state.parked
-        entry = group[decision.stream_id]
-        if entry.decision is not decision:
-            group[entry.id] = replace(entry, decision=decision)
+            state.running[entry.id] = entry.but(decision=decision)
     state.charges = tuple((entry.tenant, entry.need_nbytes, entry.request.branches) for entry in state.running.values())

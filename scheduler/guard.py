@@ -9,12 +9,13 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
 from qvg_paged.errors import StateError
-from qvg_paged.scheduler.policy import FCFS, Policy
+from qvg_paged.scheduler.policy import FCFS, ID, Policy
 from qvg_paged.scheduler.view import StreamView, SystemView
 
 __all__ = ["Answer", "InPlace", "OutsideLock", "PolicyGuard", "Recorded", "Runner", "Worker"]
@@ -161,6 +162,7 @@ class PolicyGuard:
         policy: whom to ask.
         runner: where.
         strikes: faults after which it is not asked any more.
+        trusted: whether the policy is one of this package, whose answers need no check.
         listen: told of every question: hook, answer as checked (None: the default was used), fault.
 
     Attributes:
@@ -168,8 +170,11 @@ class PolicyGuard:
         fault: what was wrong in the current step, or empty.
     """
 
-    def __init__(self, policy: Policy, runner: Runner, strikes: int, listen: Listener | None = None) -> None:
+    def __init__(
+        self, policy: Policy, runner: Runner, strikes: int, listen: Listener | None = None, *, trusted: bool = False
+    ) -> None:
         self._policy, self._runner, self._strikes, self._listen = policy, runner, strikes, listen
+        self._trusted = trusted
         self._default = FCFS()
         self._name = type(policy).__name__
         self.faults = 0
@@ -187,20 +192,23 @@ class PolicyGuard:
 
     def rank(self, view: SystemView) -> Sequence[str]:
         """Ids of all waiting streams, best first."""
-        known = {stream.id for stream in view.waiting}
-        default = self._default.rank(view)
-        return self._ask("rank", lambda: self._policy.rank(view), known, len(known), default)
+        if self._trusted:
+            return self._policy.rank(view)
+        known = set(map(ID, view.waiting))
+        return self._ask("rank", lambda: self._policy.rank(view), known, len(known), partial(self._default.rank, view))
 
     def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
         """Ids of running streams to give up, best first."""
-        default = self._default.park(view, stream)
-        return self._ask("park", lambda: self._policy.park(view, stream), set(view.parkable), 0, default)
+        if self._trusted:
+            return self._policy.park(view, stream)
+        default = partial(self._default.park, view, stream)
+        return self._ask("park", lambda: self._policy.park(view, stream), view.parkable, 0, default)
 
     def _ask(
-        self, hook: str, call: Callable[[], Any], known: set[str], least: int, default: Sequence[str]
+        self, hook: str, call: Callable[[], Any], known: Set[str], least: int, default: Callable[[], Sequence[str]]
     ) -> Sequence[str]:
         if self.disabled:
-            return default
+            return default()
         answer, fault = self._runner.ask(call, len(known))
         if answer is not None:
             fault = _wrong(answer, known, least)
@@ -211,16 +219,17 @@ class PolicyGuard:
             self.fault = self.fault or fault + ("; it is switched off" if self.disabled else "")
         if self._listen is not None:
             self._listen(hook, answer, fault)
-        return default if answer is None else answer
+        return default() if answer is None else answer
 
 
-def _wrong(answer: list[Any], known: set[str], least: int) -> str:
+def _wrong(answer: list[Any], known: Set[str], least: int) -> str:
     """What is wrong with an answer, or nothing."""
-    if any(type(stream_id) is not str for stream_id in answer):
+    if not {str}.issuperset(map(type, answer)):
         return "answered with something that is not an id"
-    if len(set(answer)) < len(answer):
+    named = set(answer)
+    if len(named) < len(answer):
         return "named a stream twice"
-    if not known.issuperset(answer):
+    if not named <= known:
         return f"named a stream that is not one of the {len(known)} to choose from"
     if len(answer) < least:
         return f"expected each of the {least} waiting ids once, got {len(answer)}"

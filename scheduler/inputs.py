@@ -101,15 +101,23 @@ def _submit(rules: Rules, state: State, request: StreamRequest) -> Decision:
     state.leaving.pop(request.id, None)
     state.done.pop(request.id, None)
     state.arrivals += 1
-    entry = Entry(request, copy.deepcopy(request), worst, nbytes, worst, nbytes, state.arrivals, decision)
+    entry = Entry(request, _copied(request), worst, nbytes, worst, nbytes, state.arrivals, decision)
     refusal = _refusal(rules, state, entry)
     if refusal is not None:
         reason, text = refusal
         quiet = len(state.leaving) >= HISTORY
         return state.end(entry, StreamState.FAILED, reason, f"refused: {text}", announced=quiet).decision
     state.tenants.setdefault(request.tenant, Tenant(rules.config.default_tenant))
-    entry = state.queued[request.id] = rules.need(entry, backed=rules.parking is not None)
-    return entry.decision
+    entry = entry.under(state.tenants[request.tenant])
+    state.enqueue(rules.need(entry, backed=rules.parking is not None))
+    return decision
+
+
+def _copied(request: StreamRequest) -> StreamRequest:
+    """One that policies may see: a request they could reach into would reach into the books."""
+    shown = copy.copy(request)
+    object.__setattr__(shown, "window", copy.copy(request.window))
+    return shown
 
 
 def _refusal(rules: Rules, state: State, entry: Entry) -> tuple[Reason, str] | None:
@@ -127,7 +135,8 @@ def _refusal(rules: Rules, state: State, entry: Entry) -> tuple[Reason, str] | N
             f"needs {entry.worst_nbytes} bytes of the pool at its worst, its tenant {entry.tenant!r} may hold "
             f"{spec.ceiling_nbytes} bytes; shorten the window or raise the tenant's ceiling"
         )
-    in_line = sum(other.tenant == entry.tenant for other in state.queued.values())
+    line = state.lines.get(entry.tenant, {})
+    in_line = len(line) - sum(name in state.parked for name in line) if len(line) >= spec.max_queued else 0
     if in_line >= spec.max_queued:
         return Reason.QUEUE_FULL, f"tenant {entry.tenant!r} has {in_line} streams in line, as many as it may"
     if tenant is None and not _make_room(rules, state):
@@ -170,8 +179,9 @@ def _set_tenant(rules: Rules, state: State, name: str, spec: TenantSpec) -> None
         raise ArgumentError(f"tenant: expected at most {rules.config.max_tenants} tenants, got one more, {name!r}")
     if old is None:
         old = Tenant(spec)
-    state.tenants[name] = replace(old, spec=spec, configured=True)
-    state.views = {}
+    state.tenants[name] = tenant = replace(old, spec=spec, configured=True)
+    for group in (state.queued, state.running, state.parked):
+        group.update({entry.id: entry.under(tenant) for entry in group.values() if entry.tenant == name})
 
 
 def _limit(rules: Rules, state: State, nbytes: int | None) -> None:
@@ -188,9 +198,10 @@ def _report(rules: Rules, state: State, plan: Plan, outcome: Outcome) -> None:
         if entry is None:
             continue
         frames = outcome.committed.get(entry.id, 0)
-        entry = replace(entry, committed=entry.committed + frames)
         if frames:
-            entry = replace(entry, chunks=entry.chunks + 1, stalls=0, progressed=state.step)
+            entry = entry.but(
+                committed=entry.committed + frames, chunks=entry.chunks + 1, stalls=0, progressed=state.step
+            )
         if entry.id in outcome.failed:
             _fail(state, entry, outcome.failed)
         elif entry.committed == entry.request.frames:

@@ -69,10 +69,9 @@ def describe_input(event: Input, decision: Decision | None) -> dict[str, Any]:
     return record if decision is None else {**record, "reason": decision.reason.value}
 
 
-def describe_plan(state: State, plan: Plan, before: State) -> dict[str, Any]:
-    """The record of a plan; of the line it holds what has changed since the step `before`."""
-    old = {**before.queued, **before.running, **before.parked}
-    changed = [d for d in plan.waiting if d.stream_id not in old or old[d.stream_id].decision is not d]
+def describe_plan(state: State, plan: Plan) -> dict[str, Any]:
+    """The record of a plan; of the line it holds what has changed since the step before."""
+    waiting = {name: (state.queued if name in state.queued else state.parked)[name] for name in state.news}
     return {
         "kind": "plan",
         "step": plan.step,
@@ -84,7 +83,7 @@ def describe_plan(state: State, plan: Plan, before: State) -> dict[str, Any]:
         "resumed": [decision.stream_id for decision in plan.resumed],
         "admitted": [decision.stream_id for decision in plan.admitted],
         "running": [_run(state, decision) for decision in plan.running],
-        "waiting": _reasons(changed),
+        "waiting": _reasons([entry.decision for entry in waiting.values()]),
         "hold": state.hold > 0,
         "fault": plan.policy_fault,
     }

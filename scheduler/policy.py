@@ -1,13 +1,18 @@
 """Policies: who is next, and who makes room. They see snapshots and return ids, and the core checks every answer."""
 
 from collections.abc import Sequence
+from itertools import accumulate, repeat
 from math import inf
+from operator import attrgetter
 from typing import Protocol
 
 from qvg_paged.scheduler.request import StreamState
 from qvg_paged.scheduler.view import StreamView, SystemView
 
 __all__ = ["FCFS", "EarliestDeadline", "FairShare", "Policy", "Priority"]
+
+
+ID = attrgetter("id")
 
 
 class Policy(Protocol):
@@ -37,7 +42,7 @@ class FCFS:
 
     def rank(self, view: SystemView) -> Sequence[str]:
         """Order of arrival."""
-        return [stream.id for stream in view.waiting]
+        return list(map(ID, view.waiting))
 
     def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
         """Nobody makes room; if somebody must, the latest to arrive."""
@@ -57,10 +62,10 @@ class Priority:
 
     def rank(self, view: SystemView) -> Sequence[str]:
         """By priority and wait, then arrival."""
-        return [stream.id for stream in sorted(view.waiting, key=lambda s: -self._urgency(view, s))]
-
-    def _urgency(self, view: SystemView, stream: StreamView) -> float:
-        return stream.priority + view.waited(stream) / self.aging_seconds
+        now, pace = view.now, 1 / self.aging_seconds
+        urgency = [s.priority - (now if s.since is None else s.since) * pace for s in view.waiting]
+        order = sorted(range(len(urgency)), key=urgency.__getitem__, reverse=True)
+        return [view.waiting[place].id for place in order]
 
     def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
         """Streams of lower priority, the lowest and latest first; age does not push anyone out."""
@@ -87,14 +92,13 @@ class FairShare:
     def rank(self, view: SystemView) -> Sequence[str]:
         """By the virtual time at which each stream's turn comes if every stream before it takes one chunk."""
         step = view.dearest_chunk or 1.0
-        turn = {name: (tenant.virtual_time, step / tenant.weight) for name, tenant in view.tenants.items()}
-        keys: list[tuple[float, int, str]] = []
-        for stream in view.waiting:
-            start, width = turn[stream.tenant]
-            turn[stream.tenant] = (start + width, width)
-            keys.append((start, stream.arrival, stream.id))
-        keys.sort()
-        return [key[2] for key in keys]
+        turns: list[float] = []
+        ids: list[str] = []
+        for name, line in view.lines.items():
+            start, width = view.tenants[name].virtual_time, step / view.tenants[name].weight
+            turns += accumulate(repeat(width, len(line) - 1), initial=start)
+            ids += line
+        return list(map(ids.__getitem__, sorted(range(len(ids)), key=turns.__getitem__)))
 
     def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
         """Streams of tenants that are ahead, the furthest first and of its streams the latest."""
@@ -124,7 +128,14 @@ class EarliestDeadline:
 
     def rank(self, view: SystemView) -> Sequence[str]:
         """By slack, then arrival."""
-        return [stream.id for stream in sorted(view.waiting, key=lambda s: self._due(view, s))]
+        now, startup, patience = view.now, self.startup, self.patience
+        due = [
+            (now if s.since is None else s.since) + (patience if s.deadline_fps is None else startup)
+            if s.first_chunk is None or s.deadline_fps is None
+            else s.first_chunk + s.committed / s.deadline_fps
+            for s in view.waiting
+        ]
+        return [view.waiting[place].id for place in sorted(range(len(due)), key=due.__getitem__)]
 
     def _due(self, view: SystemView, stream: StreamView) -> float:
         slack = view.slack(stream, self.startup)

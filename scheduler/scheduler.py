@@ -64,10 +64,11 @@ class Scheduler:
         config = SchedulerConfig() if config is None else config
         self._rules = Rules(config, cache)
         self._foreign = type(policy) not in OWN
+        trusted = runner is None and not self._foreign
         if runner is None:
             budget = config.policy_seconds
             runner = Worker(budget) if self._foreign and budget is not None else InPlace()
-        self._guard = PolicyGuard(policy, runner, config.policy_strikes, self._heard)
+        self._guard = PolicyGuard(policy, runner, config.policy_strikes, self._heard, trusted=trusted)
         self._state = State()
         self._plan: Plan | None = None
         self._rng = Random(seed)
@@ -161,11 +162,10 @@ class Scheduler:
                 raise StateError(f"step: expected update(plan, outcome) of step {self._plan.step} first")
             if not (math.isfinite(now) and now >= self._state.now):
                 raise ArgumentError(f"now: expected a finite time not before {self._state.now}, got {now}")
-            before = self._state
             self._guard.begin()
-            self._state, self._plan = decide(self._rules, before, (), now, self._rng, self._guard)
+            self._state, self._plan = decide(self._rules, self._state, (), now, self._rng, self._guard)
             if self._log is not None:
-                self._log.append(describe_plan(self._state, self._plan, before))
+                self._log.append(describe_plan(self._state, self._plan))
             return self._plan
 
     def update(self, plan: Plan, outcome: Outcome) -> None:
@@ -238,10 +238,11 @@ class Scheduler:
     def _apply(self, event: Input) -> Decision | None:
         with self._lock:
             decision = apply(self._rules, self._state, event)
-            record = describe_input(event, decision)
-            if isinstance(event, Submit):
-                record["nbytes"] = self._entry(event.request.id).worst_nbytes
-            self._write(record)
+            if self._log is not None:
+                record = describe_input(event, decision)
+                if isinstance(event, Submit):
+                    record["nbytes"] = self._entry(event.request.id).worst_nbytes
+                self._log.append(record)
             return decision
 
     def _heard(self, hook: str, answer: Sequence[str] | None, fault: str) -> None:

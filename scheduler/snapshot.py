@@ -1,12 +1,15 @@
 """Snapshots for policies, made from the state; those of streams that did not change are made once."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from operator import attrgetter
 from types import MappingProxyType
 
 from qvg_paged.scheduler.state import Entry, Rules, State
-from qvg_paged.scheduler.view import StreamView, SystemView, TenantView
+from qvg_paged.scheduler.view import SystemView, TenantView
 
 __all__ = ["may_be_parked", "system_view"]
+
+VIEW = attrgetter("view")
 
 
 def may_be_parked(rules: Rules, state: State, entry: Entry, *, forced: bool) -> bool:
@@ -28,8 +31,9 @@ def system_view(
         now=now,
         seed=seed,
         pool_nbytes=pool if state.limit is None else state.limit,
-        waiting=_views(state, state.waiting()),
-        running=_views(state, running),
+        waiting=tuple(map(VIEW, state.waiting())),
+        running=tuple(map(VIEW, running)),
+        lines=MappingProxyType({name: tuple(line) for name, line in sorted(state.lines.items(), key=_first)}),
         parkable=frozenset(entry.id for entry in running if may_be_parked(rules, state, entry, forced=forced)),
         tenants=MappingProxyType(
             {
@@ -47,27 +51,5 @@ def system_view(
     )
 
 
-def _views(state: State, entries: Iterable[Entry]) -> tuple[StreamView, ...]:
-    return tuple(_view(state, entry) for entry in entries)
-
-
-def _view(state: State, entry: Entry) -> StreamView:
-    cached = state.views.get(entry.id)
-    if cached is not None and cached[0] is entry:
-        return cached[1]
-    spec = state.tenants[entry.tenant].spec
-    view = StreamView(
-        request=entry.shown,
-        state=entry.state,
-        arrival=entry.arrival,
-        nbytes=entry.need_nbytes,
-        worst_nbytes=entry.worst_nbytes,
-        committed=entry.committed,
-        since=entry.since,
-        first_chunk=entry.first_chunk,
-        parks=entry.parks,
-        priority=entry.request.priority + spec.priority,
-        deadline_fps=entry.request.deadline_fps or spec.deadline_fps,
-    )
-    state.views[entry.id] = (entry, view)
-    return view
+def _first(item: tuple[str, dict[str, int]]) -> int:
+    return next(iter(item[1].values()))

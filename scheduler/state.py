@@ -3,7 +3,10 @@
 import copy
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
+from typing import Any
 
 from qvg_paged.scheduler.backend import CacheBackend, ParkingBackend
 from qvg_paged.scheduler.config import Reservation, SchedulerConfig
@@ -16,6 +19,7 @@ from qvg_paged.timeline import Demand
 __all__ = ["Entry", "Rules", "State", "total"]
 
 HISTORY = 1024
+ARRIVAL = attrgetter("arrival")
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Entry:
 
     Attributes:
         request: what was asked for; `shown` is the copy that policies get.
+        priority, deadline_fps: its own and its tenant's, put together.
         worst, worst_nbytes: pool objects at its worst, all branches, and their bytes.
         need, need_nbytes: what is reserved when it runs next.
         arrival: serial number of its submission.
@@ -47,6 +52,8 @@ class Entry:
     need_nbytes: int
     arrival: int
     decision: Decision
+    priority: int = 0
+    deadline_fps: float | None = None
     state: StreamState = StreamState.QUEUED
     committed: int = 0
     chunks: int = 0
@@ -69,6 +76,39 @@ class Entry:
         """Who pays."""
         return self.request.tenant
 
+    @cached_property
+    def view(self) -> StreamView:
+        """What policies see of it."""
+        return StreamView(
+            request=self.shown,
+            state=self.state,
+            arrival=self.arrival,
+            nbytes=self.need_nbytes,
+            worst_nbytes=self.worst_nbytes,
+            committed=self.committed,
+            since=self.since,
+            first_chunk=self.first_chunk,
+            parks=self.parks,
+            priority=self.priority,
+            deadline_fps=self.deadline_fps,
+        )
+
+    def but(self, **changes: Any) -> "Entry":
+        """A copy with some fields changed: `dataclasses.replace` at a fifth of its price."""
+        other = object.__new__(Entry)
+        fields = other.__dict__
+        fields.update(self.__dict__)
+        fields.pop("view", None)
+        fields.update(changes)
+        return other
+
+    def under(self, tenant: Tenant) -> "Entry":
+        """The same with the tenant's priority and play-out rate."""
+        request, spec = self.request, tenant.spec
+        return self.but(
+            priority=request.priority + spec.priority, deadline_fps=request.deadline_fps or spec.deadline_fps
+        )
+
 
 def total(entries: Iterable[Entry]) -> Demand:
     """What is reserved for them together."""
@@ -87,7 +127,7 @@ class Rules:
     config: SchedulerConfig
     cache: CacheBackend
 
-    @property
+    @cached_property
     def parking(self) -> ParkingBackend | None:
         """The cache, if it can park and may."""
         cache = self.cache
@@ -107,7 +147,7 @@ class Rules:
             frames = min(self.cache.frames_per_chunk, request.frames - entry.committed)
             demand = self.parking.chunk_demand(request.window, entry.committed, frames) * request.branches
             nbytes = self.cache.demand_nbytes(demand)
-        return replace(entry, need=demand, need_nbytes=nbytes, backed=backed)
+        return entry.but(need=demand, need_nbytes=nbytes, backed=backed)
 
 
 @dataclass
@@ -116,6 +156,9 @@ class State:
 
     Attributes:
         queued, running, parked: streams by id; `queued` in order of arrival.
+        lines: ids of queued and parked streams by tenant, in order of arrival; no tenant without any.
+        fresh: ids of queued streams that no step has seen.
+        news: ids of waiting streams about which the latest step decided something else than the one before.
         leaving: final ones that no plan has told of yet.
         done: final ones, oldest first.
         tenants: by name.
@@ -131,6 +174,9 @@ class State:
     queued: dict[str, Entry] = field(default_factory=dict)
     running: dict[str, Entry] = field(default_factory=dict)
     parked: dict[str, Entry] = field(default_factory=dict)
+    lines: dict[str, dict[str, int]] = field(default_factory=dict)
+    fresh: tuple[str, ...] = ()
+    news: tuple[str, ...] = ()
     leaving: dict[str, Entry] = field(default_factory=dict)
     done: dict[str, Entry] = field(default_factory=dict)
     tenants: dict[str, Tenant] = field(default_factory=dict)
@@ -145,13 +191,13 @@ class State:
     arrivals: int = 0
     step: int = 0
     now: float = -math.inf
-    views: dict[str, tuple[Entry, StreamView]] = field(default_factory=dict)
 
     def copy(self) -> "State":
         """A state that can be changed without this one noticing."""
         other = copy.copy(self)
         for name in ("queued", "running", "parked", "leaving", "done", "tenants"):
             setattr(other, name, dict(getattr(self, name)))
+        other.lines = {name: dict(line) for name, line in self.lines.items()}
         return other
 
     def find(self, stream_id: str) -> Entry | None:
@@ -165,20 +211,49 @@ class State:
         """Queued and parked streams in order of arrival."""
         if not self.parked:
             return list(self.queued.values())
-        return sorted((*self.queued.values(), *self.parked.values()), key=_arrival)
+        return sorted((*self.queued.values(), *self.parked.values()), key=ARRIVAL)
+
+    def enqueue(self, entry: Entry) -> None:
+        """Put a new stream in line."""
+        self.queued[entry.id] = entry
+        self.fresh += (entry.id,)
+        self.lines.setdefault(entry.tenant, {})[entry.id] = entry.arrival
+
+    def park(self, entry: Entry) -> None:
+        """Move a running stream to its old place in line."""
+        del self.running[entry.id]
+        self.parked[entry.id] = entry
+        line = {**self.lines.get(entry.tenant, {}), entry.id: entry.arrival}
+        self.lines[entry.tenant] = dict(sorted(line.items(), key=_place))
+
+    def start(self, entry: Entry) -> None:
+        """Move a waiting stream to those that run."""
+        self._leave_line(entry)
+        self.running[entry.id] = entry
+
+    def _leave_line(self, entry: Entry) -> None:
+        if self.queued.pop(entry.id, None) is None and self.parked.pop(entry.id, None) is None:
+            return
+        line = self.lines[entry.tenant]
+        del line[entry.id]
+        if not line:
+            del self.lines[entry.tenant]
+
+    def keep(self, entry: Entry) -> None:
+        """Replace a waiting stream by its newer version."""
+        (self.queued if entry.id in self.queued else self.parked)[entry.id] = entry
 
     def by_arrival(self) -> list[Entry]:
         """Running streams in order of arrival."""
-        return sorted(self.running.values(), key=_arrival)
+        return sorted(self.running.values(), key=ARRIVAL)
 
     def end(self, entry: Entry, state: StreamState, reason: Reason, text: str, *, announced: bool = False) -> Entry:
         """Move a stream to a final state; what it held is free again once a plan has told of it."""
         if entry.id in self.running or entry.id in self.parked:
             self.hold = 0
-        for group in (self.queued, self.running, self.parked):
-            group.pop(entry.id, None)
-        self.views.pop(entry.id, None)
-        entry = replace(entry, state=state, decision=Decision(entry.id, reason, text))
+        self.running.pop(entry.id, None)
+        self._leave_line(entry)
+        entry = entry.but(state=state, decision=Decision(entry.id, reason, text))
         if announced:
             self.remember(entry)
         else:
@@ -194,5 +269,5 @@ class State:
             del self.done[next(iter(self.done))]
 
 
-def _arrival(entry: Entry) -> int:
-    return entry.arrival
+def _place(item: tuple[str, int]) -> int:
+    return item[1]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 
 from qvg_paged.scheduler.request import StreamRequest, StreamState
@@ -39,12 +40,12 @@ class StreamView:
     priority: int
     deadline_fps: float | None
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Its name."""
         return self.request.id
 
-    @property
+    @cached_property
     def tenant(self) -> str:
         """Who pays."""
         return self.request.tenant
@@ -79,6 +80,7 @@ class SystemView:
         pool_nbytes: bytes that may be promised.
         waiting: queued and parked streams in order of arrival.
         running: running streams in order of arrival.
+        lines: ids of waiting streams by tenant, in order of arrival; the tenant of the longest in line first.
         parkable: ids of running streams that may be given up.
         tenants: tenants by name.
         dearest_chunk: most cost units that one chunk of one stream has taken.
@@ -89,6 +91,7 @@ class SystemView:
     pool_nbytes: int
     waiting: tuple[StreamView, ...]
     running: tuple[StreamView, ...]
+    lines: Mapping[str, tuple[str, ...]]
     parkable: frozenset[str]
     tenants: Mapping[str, TenantView]
     dearest_chunk: float

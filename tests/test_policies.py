@@ -46,12 +46,17 @@ def running(name: str, arrival: int, **changes: Any) -> StreamView:
 def view(*streams: StreamView, now: float = 10.0, pinned: str = "", **virtual_times: float) -> SystemView:
     tenants = {name: TenantView(1.0, 0.0, value, 0, 0) for name, value in {"t": 0.0, **virtual_times}.items()}
     run = tuple(s for s in streams if s.state is StreamState.RUNNING)
+    lines: dict[str, tuple[str, ...]] = {}
+    for s in streams:
+        if s.state is not StreamState.RUNNING:
+            lines[s.tenant] = (*lines.get(s.tenant, ()), s.id)
     return SystemView(
         now=now,
         seed=0,
         pool_nbytes=100,
         waiting=tuple(s for s in streams if s.state is not StreamState.RUNNING),
         running=run,
+        lines=MappingProxyType(lines),
         parkable=frozenset(s.id for s in run if s.id not in pinned),
         tenants=MappingProxyType(tenants),
         dearest_chunk=1.0,

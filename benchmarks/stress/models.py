@@ -92,6 +92,7 @@ class StaticCache:
         self.slabs = SlabGeometry.choose(sizes, pool_nbytes)
         self._worst = cache(self._worst_demand)
         self._chunk = cache(self._chunk_demand)
+        self._nbytes = cache(self._demand_nbytes)
 
     @property
     def pool_nbytes(self) -> int:
@@ -119,6 +120,9 @@ class StaticCache:
 
     def demand_nbytes(self, demand: Demand) -> int:
         """Pool bytes of `demand`."""
+        return self._nbytes(demand)
+
+    def _demand_nbytes(self, demand: Demand) -> int:
         return sum(size * count for size, count in object_counts(self.layouts, demand).items())
 
     def can_host(self, demands: Sequence[Demand], nbytes: int | None = None) -> bool:

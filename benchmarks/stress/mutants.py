@@ -43,10 +43,11 @@ MUTANTS = (
     Mutant("admission", "self.demand += entry.need", "pass", "what is admitted is not added to the books"),
     Mutant("admission", "stalls=entry.stalls + 1", "stalls=0", "parks are not counted"),
     Mutant("admission", "len(state.running) >= slots", "len(state.running) > slots", "one stream too many"),
-    Mutant("admission", "del self.state.running[entry.id]", "pass",
+    Mutant("state", "del self.running[entry.id]", "pass",
            "a parked stream goes on running"),
     Mutant("admission", "_make_way(books, advice, ready)", "False", "floors and policies cannot make way"),
-    Mutant("admission", "if stream_id not in squeezed", "", "parked and resumed in one step"),
+    Mutant("admission", "squeezed = {decision.stream_id for decision in books.parked}", "squeezed = set()",
+           "parked and resumed in one step"),
     Mutant("admission", "chunks_before=entry.chunks", "chunks_before=-9", "no minimum residency"),
     Mutant("admission", "barred.add(entry.tenant)", "first = entry", "one tenant's quota blocks all tenants"),
     Mutant("admission", "if books.rules.parking is None or (not over and books.fits()):", "if True:",
@@ -81,6 +82,11 @@ GOAL = (
              faults={"chunk fails": 0.6, "out of memory": 0.5, "pool shrinks": 0.3},
              config=SchedulerConfig(policy_strikes=1000)),
     Scenario(policy="priority", streams=40, pool_streams=4.0, load=3.0, floor=0.5, tenants=2),
+    Scenario(policy="evicts the leader", streams=60, pool_streams=5.0, load=1.0, frames=(12, 60), tenants=2,
+             faults={"chunk fails": 0.9, "out of memory": 0.8, "pool shrinks": 0.6},
+             config=SchedulerConfig(policy_strikes=1000, max_parks=1, hold_steps=0, headroom=0.0)),
+    Scenario(policy="fcfs", streams=60, tenants=2, pool_streams=8.0, load=1.5,
+             faults={"quota changes": 0.3}, frames=(24, 60)),
 )  # fmt: skip
 """Runs that press where the bugs are, before random ones."""
 
