@@ -1,13 +1,14 @@
-"""What the store tells the outside (one event sink) and lets tests break (named fault points)."""
+"""What the store tells the outside (one event sink, counts) and lets tests break (named fault points)."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
-from qvg_paged.errors import ArgumentError
+from qvg_paged.errors import ArgumentError, IntegrityError, NonFiniteError, OutOfMemoryError
 
-__all__ = ["FAULT_POINTS", "CacheEvent", "EventKind", "fault_point", "inject_fault"]
+__all__ = ["FAULT_POINTS", "CacheEvent", "EventKind", "Tally", "fault_point", "inject_fault"]
 
 
 class EventKind(Enum):
@@ -44,6 +45,44 @@ class CacheEvent:
     frames: tuple[int, ...]
     pages: tuple[int, ...]
     nbytes: int
+
+
+class Tally:
+    """Counts since a manager was made. As a context manager it counts the failures that pass through it.
+
+    Attributes:
+        events, frames, nbytes: events, frames and bytes by kind.
+        failures: out of memory, NaN in a chunk, wrong books; by class of the error.
+    """
+
+    COUNTED = (OutOfMemoryError, NonFiniteError, IntegrityError)
+
+    def __init__(self) -> None:
+        self.events: Counter[EventKind] = Counter()
+        self.frames: Counter[EventKind] = Counter()
+        self.nbytes: Counter[EventKind] = Counter()
+        self.failures: Counter[type[BaseException]] = Counter()
+
+    def note(self, event: CacheEvent) -> None:
+        """Count an event."""
+        self.events[event.kind] += 1
+        self.frames[event.kind] += len(event.frames)
+        self.nbytes[event.kind] += event.nbytes
+
+    def copy(self) -> "Tally":
+        """The counts of the moment."""
+        other = Tally()
+        for name, counter in vars(self).items():
+            setattr(other, name, Counter(counter))
+        return other
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for counted in self.COUNTED:
+            if kind is not None and issubclass(kind, counted):
+                self.failures[counted] += 1
 
 
 FAULT_POINTS = (

@@ -19,14 +19,14 @@ from qvg_paged.commit import commit_chunks
 from qvg_paged.config import CacheConfig, ModelSpec, Window
 from qvg_paged.encoder import SpanEncoder
 from qvg_paged.errors import ArgumentError
-from qvg_paged.events import CacheEvent, EventKind, fault_point
+from qvg_paged.events import CacheEvent, EventKind, Tally, fault_point
 from qvg_paged.kernels.attention import AttentionPath, paged_attention
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.page import DENSE_FORMAT, Page, PageStore
 from qvg_paged.pool import SlabPool
 from qvg_paged.reader import page_digest, read_pages
 from qvg_paged.scratch import ScratchWriter
-from qvg_paged.stats import CacheStats, cache_stats, stream_stats
+from qvg_paged.stats import CacheStats, cache_stats, object_stats, stream_stats
 from qvg_paged.stream import Stream
 from qvg_paged.timeline import Demand
 
@@ -65,6 +65,7 @@ class KVCacheManager:
         self.streams: dict[str, Stream] = {}
         self._batches: dict[tuple[int, ...], tuple[BlockTable, ScratchWriter]] = {}
         self._lock = RLock()
+        self._tally = Tally()
 
     @property
     def device(self) -> torch.device:
@@ -131,7 +132,7 @@ class KVCacheManager:
         positions: Mapping[int, float] | None = None,
     ) -> list[Chunk]:
         """Open a chunk on each stream, all or none: CFG branches begin together. See `Stream.begin_chunk`."""
-        with self._lock:
+        with self._lock, self._tally:
             return begin_chunks(self, streams, frames, retrieve, positions)
 
     def attend(
@@ -221,7 +222,7 @@ class KVCacheManager:
             StateError: a chunk is not open, or one of its layers was never written; nothing changed.
             NonFiniteError: chunks hold NaN or infinity; these were aborted, the others are still open.
         """
-        with self._lock, torch.no_grad():
+        with self._lock, self._tally, torch.no_grad():
             self._check_chunks(0, chunks)
             commit_chunks(self, chunks)
 
@@ -305,11 +306,16 @@ class KVCacheManager:
                 stream.id: stream_stats(stream.tenant, stream.committed, stream.pages.values(), self._dense.page_nbytes)
                 for stream in self.streams.values()
             }
-            return cache_stats(self.budget, self._pool, streams)
+            pages: list[Page] = []
+            for stream in self.streams.values():
+                pages += stream.pages.values()
+                pages += stream.chunk.reservation.pages if stream.chunk else ()
+            objects = object_stats(self.budget, self.layouts, pages)
+            return cache_stats(self.budget, self._pool, streams, objects, self._tally)
 
     def check_integrity(self) -> None:
         """Walk all books and raise `IntegrityError` if a byte, an owner or a codebook is not accounted for."""
-        with self._lock:
+        with self._lock, self._tally:
             held: list[Page] = []
             for stream in self.streams.values():
                 held += stream.held()
@@ -323,7 +329,9 @@ class KVCacheManager:
         return CacheEvent(kind, stream.tenant, stream.id, tuple(frames), tuple(page.id for page in pages), nbytes)
 
     def send(self, events: list[CacheEvent]) -> None:
-        """Tell the event sink, after the books have changed."""
+        """Count events and tell the event sink, after the books have changed."""
+        for event in events:
+            self._tally.note(event)
         if self.config.on_event is not None:
             for event in events:
                 self.config.on_event(event)

@@ -4,10 +4,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qvg_paged.budget import Budget
+from qvg_paged.events import Tally
+from qvg_paged.kernels.layout import PageLayout
 from qvg_paged.page import Codebook, Page
 from qvg_paged.pool import SlabPool
 
-__all__ = ["CacheStats", "StreamStats", "cache_stats", "stream_stats"]
+__all__ = ["CODEBOOKS", "CacheStats", "ObjectStats", "StreamStats", "cache_stats", "object_stats", "stream_stats"]
+
+CODEBOOKS = "codebooks"
+"""Name of codebooks beside the names of page formats."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,21 @@ class StreamStats:
 
 
 @dataclass(frozen=True)
+class ObjectStats:
+    """Pool objects of one kind; those that forks share count once.
+
+    Attributes:
+        count: how many.
+        nbytes: their bytes.
+        capacity: how many an otherwise empty pool holds.
+    """
+
+    count: int
+    nbytes: int
+    capacity: int
+
+
+@dataclass(frozen=True)
 class CacheStats:
     """Bytes of a manager.
 
@@ -49,6 +69,9 @@ class CacheStats:
         free_nbytes: slabs that no object size holds.
         tenant_nbytes: `used_nbytes` by tenant, memory on its way back excluded.
         streams: per stream.
+        tenant_objects: pages and codebooks by tenant.
+        objects: pages by name of their format, and codebooks.
+        tally: counts since the manager was made.
     """
 
     budget: Budget
@@ -57,6 +80,9 @@ class CacheStats:
     free_nbytes: int
     tenant_nbytes: dict[str, int]
     streams: dict[str, StreamStats]
+    tenant_objects: dict[str, int]
+    objects: dict[str, ObjectStats]
+    tally: Tally
 
     @property
     def peak_total_nbytes(self) -> int:
@@ -79,11 +105,32 @@ def stream_stats(tenant: str, committed: int, pages: Iterable[Page], dense_page_
     )
 
 
-def cache_stats(budget: Budget, pool: SlabPool, streams: dict[str, StreamStats]) -> CacheStats:
+def object_stats(budget: Budget, layouts: Iterable[PageLayout], pages: Iterable[Page]) -> dict[str, ObjectStats]:
+    """Pool objects by kind; a page may be named several times."""
+    unique = {id(page): page for page in pages}.values()
+    books = {page.codebook for page in unique if page.codebook}
+
+    def kind(nbytes: int, found: list[int]) -> ObjectStats:
+        per_slab = budget.slabs.slab_nbytes // nbytes if nbytes else 0
+        return ObjectStats(len(found), sum(found), per_slab * budget.slabs.num_slabs)
+
+    stats = {}
+    largest = 0
+    for index, layout in enumerate(layouts):
+        stats[layout.format.name] = kind(layout.page_nbytes, [p.slot.nbytes for p in unique if p.format == index])
+        largest = max(largest, layout.codebook_nbytes)
+    return {**stats, CODEBOOKS: kind(largest, [book.slot.nbytes for book in books])}
+
+
+def cache_stats(
+    budget: Budget, pool: SlabPool, streams: dict[str, StreamStats], objects: dict[str, ObjectStats], tally: Tally
+) -> CacheStats:
     """Books of a manager."""
     tenants: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for slot in pool.live().values():
         tenants[slot.tenant] = tenants.get(slot.tenant, 0) + slot.nbytes
+        counts[slot.tenant] = counts.get(slot.tenant, 0) + 1
     return CacheStats(
         budget=budget,
         used_nbytes=pool.used_nbytes,
@@ -91,4 +138,7 @@ def cache_stats(budget: Budget, pool: SlabPool, streams: dict[str, StreamStats])
         free_nbytes=pool.free_nbytes,
         tenant_nbytes=tenants,
         streams=streams,
+        tenant_objects=counts,
+        objects=objects,
+        tally=tally.copy(),
     )

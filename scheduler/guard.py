@@ -166,6 +166,7 @@ class PolicyGuard:
         listen: told of every question: hook, answer as checked (None: the default was used), fault.
 
     Attributes:
+        name: class of the policy.
         faults: how many there were.
         fault: what was wrong in the current step, or empty.
     """
@@ -176,7 +177,7 @@ class PolicyGuard:
         self._policy, self._runner, self._strikes, self._listen = policy, runner, strikes, listen
         self._trusted = trusted
         self._default = FCFS()
-        self._name = type(policy).__name__
+        self.name = type(policy).__name__
         self.faults = 0
         self.fault = ""
 
@@ -215,7 +216,7 @@ class PolicyGuard:
         if fault:
             self.faults += 1
             answer = None
-            fault = f"{self._name}.{hook} {fault}"
+            fault = f"{self.name}.{hook} {fault}"
             self.fault = self.fault or fault + ("; it is switched off" if self.disabled else "")
         if self._listen is not None:
             self._listen(hook, answer, fault)

@@ -1,22 +1,26 @@
 """The scheduler as an object: holds the state, asks the core, guards the policy, keeps the log."""
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from random import Random
 
 from qvg_paged.errors import ArgumentError, StateError
+from qvg_paged.scheduler.admission import Books
 from qvg_paged.scheduler.backend import CacheBackend
 from qvg_paged.scheduler.config import Reservation, SchedulerConfig
 from qvg_paged.scheduler.core import decide
 from qvg_paged.scheduler.guard import InPlace, OutsideLock, PolicyGuard, Runner, Worker
 from qvg_paged.scheduler.inputs import Cancel, Drain, Input, LimitPool, Report, SetTenant, Shutdown, Submit, apply
 from qvg_paged.scheduler.log import DecisionLog, describe_input, describe_plan
+from qvg_paged.scheduler.observer import Observer, Observers
 from qvg_paged.scheduler.plan import Decision, Outcome, Plan
 from qvg_paged.scheduler.policy import FCFS, EarliestDeadline, FairShare, Policy, Priority
 from qvg_paged.scheduler.request import StreamRequest, StreamState
 from qvg_paged.scheduler.state import Entry, Rules, State
 from qvg_paged.scheduler.tenant import TenantSpec
+from qvg_paged.scheduler.view import SystemView
 
 __all__ = ["Scheduler"]
 
@@ -74,6 +78,7 @@ class Scheduler:
         self._rng = Random(seed)
         self._log = log
         self._lock = OutsideLock()
+        self._observers = Observers()
         self._write(
             {
                 "kind": "open",
@@ -162,8 +167,11 @@ class Scheduler:
                 raise StateError(f"step: expected update(plan, outcome) of step {self._plan.step} first")
             if not (math.isfinite(now) and now >= self._state.now):
                 raise ArgumentError(f"now: expected a finite time not before {self._state.now}, got {now}")
+            began = time.perf_counter() if self._observers else 0.0
             self._guard.begin()
             self._state, self._plan = decide(self._rules, self._state, (), now, self._rng, self._guard)
+            if self._observers:
+                self._observers.planned(self._plan, self._state, time.perf_counter() - began)
             if self._log is not None:
                 self._log.append(describe_plan(self._state, self._plan))
             return self._plan
@@ -216,6 +224,27 @@ class Scheduler:
                 raise ArgumentError(f"tenant: expected one that is configured or has streams, got {tenant!r}")
             return self._state.tenants[tenant].service
 
+    def snapshot(self) -> SystemView:
+        """What a policy would see now, at the time of the latest step."""
+        with self._lock:
+            now = self._state.now if math.isfinite(self._state.now) else 0.0
+            return Books(self._rules, self._state, now, 0).view(forced=True)
+
+    def observe(self, observer: Observer) -> None:
+        """Tell `observer` of every input and every plan from now on. What it raises is logged, not passed on."""
+        with self._lock:
+            self._observers.add(observer)
+
+    @property
+    def observer_faults(self) -> int:
+        """How often an observer raised."""
+        return self._observers.faults
+
+    @property
+    def policy_name(self) -> str:
+        """Class of the policy."""
+        return self._guard.name
+
     @property
     def busy(self) -> bool:
         """Whether a further step has something to do or to tell."""
@@ -243,6 +272,8 @@ class Scheduler:
                 if isinstance(event, Submit):
                     record["nbytes"] = self._entry(event.request.id).worst_nbytes
                 self._log.append(record)
+            if self._observers:
+                self._observers.answered(event, decision, self._state)
             return decision
 
     def _heard(self, hook: str, answer: Sequence[str] | None, fault: str) -> None:
