@@ -5,11 +5,14 @@
 The sum does not depend on the order of summation, every term on its position. Not cryptographic.
 """
 
+from collections.abc import Sequence
+
 import torch
 
+from qvg_paged.kernels.backend import Backend, kernel_scope, uses_triton
 from qvg_paged.kernels.errors import ArgumentError
 
-__all__ = ["digest_bytes"]
+__all__ = ["digest_bytes", "digest_ranges"]
 
 WORD = 8
 CHUNK_WORDS = 1 << 18
@@ -34,13 +37,47 @@ def digest_bytes(buffer: torch.Tensor, start: int, nbytes: int) -> int:
         raise ArgumentError(f"buffer: expected a 1-D uint8 tensor, got {buffer.dtype} {tuple(buffer.shape)}")
     if start < 0 or nbytes < 0 or start + nbytes > buffer.numel():
         raise ArgumentError(f"start, nbytes: expected a range inside {buffer.numel()} bytes, got {start} + {nbytes}")
+    return int(_digest(buffer, start, nbytes).item()) % 2**64
+
+
+def digest_ranges(
+    buffer: torch.Tensor, starts: Sequence[int], sizes: Sequence[int], *, backend: Backend = Backend.AUTO
+) -> list[int]:
+    """`digest_bytes` of many ranges, in one launch on a GPU; the host waits once.
+
+    Args:
+        buffer: 1-D uint8 tensor.
+        starts: first bytes, multiples of 8.
+        sizes: numbers of bytes, multiples of 8.
+        backend: Triton or PyTorch.
+
+    Raises:
+        ArgumentError: a range is not aligned or does not lie inside the buffer.
+    """
+    for start, size in zip(starts, sizes, strict=True):
+        if start % WORD or size % WORD or not 0 <= start <= start + size <= buffer.numel():
+            raise ArgumentError(
+                f"starts, sizes: expected multiples of {WORD} inside {buffer.numel()} bytes, got {start} + {size}"
+            )
+    if not starts:
+        return []
+    if not uses_triton(backend, buffer.device):
+        return [int(_digest(buffer, start, size).item()) % 2**64 for start, size in zip(starts, sizes, strict=True)]
+    from qvg_paged.kernels import _digest_triton  # noqa: PLC0415 - triton is only loaded where it is used
+
+    with kernel_scope(buffer.device):
+        found = _digest_triton.digest_ranges(buffer, starts, sizes)
+    return [value % 2**64 for value in found.tolist()]
+
+
+def _digest(buffer: torch.Tensor, start: int, nbytes: int) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.int64, device=buffer.device)
     for begin in range(0, nbytes, CHUNK_WORDS * WORD):
         end = min(begin + CHUNK_WORDS * WORD, nbytes)
         words = _words(buffer[start + begin : start + end])
         position = torch.arange(begin // WORD, begin // WORD + len(words), device=buffer.device)
         total += _mix(words + _mix(position * GOLDEN + nbytes)).sum()
-    return int(total.item()) % 2**64
+    return total
 
 
 def _words(piece: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from qvg_paged.kernels.kmeans import Centroids, fit, round_centroids, seed_rows
 from qvg_paged.kernels.layout import GRANULE, PLANE_ALIGNMENT, PartLayout, align
 from qvg_paged.kernels.rope import RoPELayout
 
-__all__ = ["encode_part", "encode_workspace_nbytes"]
+__all__ = ["encode_part", "encode_workspace_nbytes", "packer"]
 
 GROUP_BYTES = 16 << 20
 """Residual bytes worked on at once (at least one head)."""
@@ -127,7 +127,7 @@ def _encode_heads(
         centroids = _stage(residual, layout, stage, ids[stage], initial, given is not None, triton)
         _write_centroids(centroids, layout, buffer, codebook_offset, stage, first_head)
         _subtract(residual, ids[stage], centroids.values)
-    pack = _packer(triton)
+    pack = packer(triton)
     pack.quantise_pack(residual, ids if codec.stages else None, layout, buffer, part_offsets, first_head)
 
 
@@ -153,7 +153,8 @@ def _stage(
     return fit(residual, start, ids, iterations=iterations, kind=kind, triton=triton)
 
 
-def _packer(triton: bool) -> ModuleType:
+def packer(triton: bool) -> ModuleType:
+    """The module whose `quantise_pack` writes pages."""
     if not triton:
         return reference
     from qvg_paged.kernels import _encode_triton  # noqa: PLC0415 - triton is only loaded where it is used

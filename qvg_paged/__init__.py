@@ -2,16 +2,20 @@
 
 from qvg_paged.budget import Budget, Estimate, estimate
 from qvg_paged.chunk import Chunk, ChunkState
-from qvg_paged.config import CacheConfig, FreeFill, KeyRotation, ModelSpec, Window, parse_bytes
+from qvg_paged.config import CacheConfig, FreeFill, KeyRotation, ModelSpec, QualityFloor, Rung, Window, parse_bytes
+from qvg_paged.demote import FrameQuality
 from qvg_paged.errors import (
     ArgumentError,
     ConfigError,
+    CorruptedError,
     IntegrityError,
     NonFiniteError,
     OutOfMemoryError,
+    QualityFloorError,
     QvgPagedError,
     StaleHandleError,
     StateError,
+    StorageError,
 )
 from qvg_paged.events import FAULT_POINTS, CacheEvent, EventKind, inject_fault
 from qvg_paged.kernels.attention import AttentionPath
@@ -40,9 +44,11 @@ __all__ = [
     "ChunkState",
     "Codec",
     "ConfigError",
+    "CorruptedError",
     "Demand",
     "Estimate",
     "EventKind",
+    "FrameQuality",
     "FreeFill",
     "Grid",
     "IntegrityError",
@@ -52,12 +58,16 @@ __all__ = [
     "NonFiniteError",
     "OutOfMemoryError",
     "PageFormat",
+    "QualityFloor",
+    "QualityFloorError",
     "QvgPagedError",
     "RoPELayout",
     "RoPESpec",
+    "Rung",
     "ScaleRule",
     "StaleHandleError",
     "StateError",
+    "StorageError",
     "Stream",
     "StreamStats",
     "Timeline",

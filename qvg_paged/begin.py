@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qvg_paged.chunk import Chunk
+from qvg_paged.compact import make_room
 from qvg_paged.errors import ArgumentError, StateError
 from qvg_paged.events import EventKind, fault_point
 from qvg_paged.kernels.block_table import BlockTable
-from qvg_paged.page import DENSE_FORMAT
+from qvg_paged.page import DENSE_FORMAT, QUANTISED_FORMAT
 from qvg_paged.scratch import ScratchWriter
-from qvg_paged.timeline import Demand
+from qvg_paged.timeline import Demand, Timeline
 
 if TYPE_CHECKING:
     from qvg_paged.manager import KVCacheManager
@@ -27,7 +28,7 @@ def begin_chunks(
     positions: Mapping[int, float] | None,
 ) -> list[Chunk]:
     """See `KVCacheManager.begin_chunks`."""
-    most, span_frames = manager.model.frames_per_chunk, manager.config.span_frames
+    most = manager.model.frames_per_chunk
     count = most if frames is None else frames
     if not isinstance(count, int) or not 1 <= count <= most:
         raise ArgumentError(f"frames: expected 1 to frames_per_chunk={most}, got {count}")
@@ -36,8 +37,8 @@ def begin_chunks(
     overrides = _check_positions(positions)
     visible = [_ready(manager, stream, retrieve) for stream in streams]
     spans = [_closing_spans(stream, count) for stream in streams]
-    total = sum(spans)
-    manager.store.require(Demand(count * len(streams), total * span_frames, total))
+    needs = [_demand(stream.timeline, count, closing) for stream, closing in zip(streams, spans, strict=True)]
+    make_room(manager, sum(needs, manager.budget.reserve))
     try:
         return [
             _begin(manager, stream, count, frames_seen, closing, overrides)
@@ -62,6 +63,13 @@ def _closing_spans(stream: "Stream", frames: int) -> int:
     return timeline.closed_spans(stream.committed + frames) - timeline.closed_spans(stream.committed)
 
 
+def _demand(timeline: Timeline, frames: int, closing: int) -> Demand:
+    pages = closing * timeline.closing_frames
+    if timeline.closing_format == QUANTISED_FORMAT:
+        return Demand(frames, pages, closing)
+    return Demand(frames, 0, closing, pages)
+
+
 def _begin(
     manager: "KVCacheManager",
     stream: "Stream",
@@ -72,7 +80,8 @@ def _begin(
 ) -> Chunk:
     frames = range(stream.committed, stream.committed + count)
     fault_point("chunk.reserve")
-    reservation = manager.store.reserve(stream.tenant, count, closing, manager.config.span_frames)
+    timeline = stream.timeline
+    reservation = manager.store.reserve(stream.tenant, count, closing, timeline.closing_frames, timeline.closing_format)
     manager.encoder.order_after()
     pages = [stream.pages[frame] for frame in visible] + reservation.scratch
     table = BlockTable(

@@ -1,7 +1,7 @@
 """How a manager's bytes are split, and what a stream costs."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -12,11 +12,12 @@ from qvg_paged.kernels.attention import attention_workspace_nbytes
 from qvg_paged.kernels.encode import encode_workspace_nbytes
 from qvg_paged.kernels.formats import DENSE, PageFormat
 from qvg_paged.kernels.layout import GRANULE, PageLayout, align
+from qvg_paged.kernels.requantise import requantise_workspace_nbytes
 from qvg_paged.kernels.rope import RoPELayout
 from qvg_paged.pool import SlabGeometry
 from qvg_paged.timeline import Demand, Timeline
 
-__all__ = ["Budget", "Estimate", "estimate", "page_layouts"]
+__all__ = ["Budget", "Estimate", "demotion_reserve", "estimate", "page_layouts"]
 
 STAGING_SHARE = 16
 MAX_DEFAULT_STAGING = 256 << 20
@@ -25,7 +26,7 @@ MIN_OVERHEAD = 512 << 10
 
 
 def page_layouts(model: ModelSpec, config: CacheConfig) -> tuple[PageLayout, ...]:
-    """Layouts of unquantised pages (index 0) and, unless the format is dense, of quantised ones (index 1)."""
+    """Layouts of unquantised pages (index 0), unless the format is dense of quantised ones (1), of demoted ones (2)."""
     fmt = cast(PageFormat, config.format)
 
     def layout(page_format: PageFormat) -> PageLayout:
@@ -41,7 +42,10 @@ def page_layouts(model: ModelSpec, config: CacheConfig) -> tuple[PageLayout, ...
             key_pairing=model.key_pairing,
         )
 
-    return (layout(DENSE),) if fmt.is_dense else (layout(DENSE), layout(fmt))
+    formats = [DENSE] if fmt.is_dense else [DENSE, fmt]
+    if config.demote_to not in (None, fmt):
+        formats.append(cast(PageFormat, config.demote_to))
+    return tuple(map(layout, formats))
 
 
 def object_counts(layouts: tuple[PageLayout, ...], demand: Demand) -> Counter[int]:
@@ -51,7 +55,25 @@ def object_counts(layouts: tuple[PageLayout, ...], demand: Demand) -> Counter[in
         counts[layouts[1].page_nbytes] += demand.quantised_pages
         if layouts[1].codebook_nbytes:
             counts[layouts[1].codebook_nbytes] += demand.codebooks
+    if demand.demoted_pages:
+        counts[layouts[-1].page_nbytes] += demand.demoted_pages
     return counts
+
+
+def object_sizes(layouts: tuple[PageLayout, ...]) -> list[int]:
+    """Sizes of all pool objects."""
+    return [
+        size for size in object_counts(layouts, Demand(1, 1, 1, len(layouts) - 2 if len(layouts) > 2 else 0)) if size
+    ]
+
+
+def demotion_reserve(model: ModelSpec, config: CacheConfig) -> Demand:
+    """Pool objects that are kept free for demotion: a page of every further format, or what a short span takes."""
+    if config.demote_to is None:
+        return Demand()
+    cell = min(model.frames_per_chunk, config.span_frames)
+    further = len(page_layouts(model, config)) - 2
+    return Demand(quantised_pages=cell, codebooks=1, demoted_pages=cell * further)
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,7 @@ class Budget:
         encode: most that encoding a span allocates for a moment.
         overhead: block tables, rotary tables, small copies of queries.
         slabs: how the pool is cut.
+        reserve: pool objects kept free for demotion.
     """
 
     pool: int
@@ -71,6 +94,7 @@ class Budget:
     encode: int
     overhead: int
     slabs: SlabGeometry
+    reserve: Demand = field(default_factory=Demand)
 
     @property
     def total(self) -> int:
@@ -93,12 +117,13 @@ class Budget:
         if staging is not None and staging < least:
             raise ConfigError(f"staging: expected at least {least} bytes (one page of K and V, decoded), got {staging}")
         encode = _encode_nbytes(model, config, layouts)
+        reserve = demotion_reserve(model, config)
 
         def attempt(total: int) -> "Budget | None":
             scratch = align(staging or max(least, min(total // STAGING_SHARE, MAX_DEFAULT_STAGING)), GRANULE)
             overhead = max(MIN_OVERHEAD, total // OVERHEAD_SHARE)
             slabs = _slabs(model, config, layouts, total - scratch - encode - overhead)
-            return cls(slabs.nbytes, scratch, encode, overhead, slabs) if slabs else None
+            return cls(slabs.nbytes, scratch, encode, overhead, slabs, reserve) if slabs else None
 
         budget, needed = attempt(memory), memory
         if budget is None:
@@ -116,7 +141,8 @@ def _slabs(model: ModelSpec, config: CacheConfig, layouts: tuple[PageLayout, ...
     chunk, span = model.frames_per_chunk, config.span_frames
     closing = -(-chunk // span)
     demand = Demand(chunk + span, closing * span, closing) if len(layouts) > 1 else Demand(chunk + 1)
-    sizes = [size for size in object_counts(layouts, Demand(1, 1, 1)) if size]
+    demand += demotion_reserve(model, config)
+    sizes = object_sizes(layouts)
     try:
         slabs = SlabGeometry.choose(sizes, nbytes)
     except ConfigError:
@@ -130,7 +156,8 @@ def _encode_nbytes(model: ModelSpec, config: CacheConfig, layouts: tuple[PageLay
     tokens = config.span_frames * model.tokens_per_frame
     gathered = tokens * model.num_kv_heads * model.head_dim * model.dtype.itemsize
     parts = [part for part in (layouts[1].key, layouts[1].value) if not part.codec.is_dense]
-    return gathered + max(encode_workspace_nbytes(part, tokens) for part in parts)
+    requantise = [requantise_workspace_nbytes(part, config.span_frames) for part in parts] if len(layouts) > 2 else []
+    return max([gathered + encode_workspace_nbytes(part, tokens) for part in parts] + requantise)
 
 
 @dataclass(frozen=True)
@@ -179,7 +206,8 @@ def estimate(model: ModelSpec, config: CacheConfig, window: Window, frames: int 
     dense_nbytes = plain.dense_pages * layouts[0].page_nbytes
 
     fit = 0
-    while budget.slabs.slabs_for(object_counts(layouts, demand * (fit + 1))) <= budget.slabs.num_slabs:
+    reserve = budget.reserve
+    while budget.slabs.slabs_for(object_counts(layouts, demand * (fit + 1) + reserve)) <= budget.slabs.num_slabs:
         fit += 1
     return Estimate(
         stream_nbytes=sum(size * count for size, count in counts.items()),

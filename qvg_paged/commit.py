@@ -63,6 +63,8 @@ def _commit(manager: "KVCacheManager", chunk: Chunk) -> None:
     for span, quantised in zip(closing, chunk.reservation.spans, strict=True):
         leaving += [dense[frame] for frame in span]
         stream.pages.update(zip(span, quantised, strict=True))
+        for page in quantised:
+            page.demotions = int(stream.rung > 0)
         events.append(manager.event(EventKind.PUBLISH, stream, span, quantised))
     gone = _evict(stream)
     if gone:

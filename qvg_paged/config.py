@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, IntEnum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ import torch
 from qvg_paged.errors import ConfigError
 from qvg_paged.kernels.attention import AttentionPath
 from qvg_paged.kernels.formats import PageFormat, get_format
+from qvg_paged.kernels.requantise import shares_codebooks
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec
 
-__all__ = ["CacheConfig", "FreeFill", "KeyRotation", "ModelSpec", "Window", "parse_bytes"]
+__all__ = ["CacheConfig", "FreeFill", "KeyRotation", "ModelSpec", "QualityFloor", "Rung", "Window", "parse_bytes"]
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -46,6 +48,17 @@ def _require(condition: bool, message: str) -> None:
 def _require_count(name: str, value: object, least: int) -> None:
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
     _require(is_count, f"{name}: expected an integer >= {least}, got {value!r}")
+
+
+class Rung(IntEnum):
+    """How a stream is stored, from the best to the cheapest; a stream only ever goes down."""
+
+    NONE = 0
+    """As its window and ``CacheConfig.format`` say."""
+    TAIL = 1
+    """No dense tail: frames are quantised as soon as a chunk's worth of them is committed."""
+    SPANS = 2
+    """All quantised frames are in ``CacheConfig.demote_to``."""
 
 
 class KeyRotation(Enum):
@@ -154,6 +167,12 @@ class CacheConfig:
         memory: everything the manager allocates: pool, codebooks, staging, encode workspace, tables.
         format: name of a known format or a `PageFormat`.
         span_frames: consecutive frames quantised together.
+        demote_to: lowest format that streams under pressure are demoted to: `format` itself allows their dense tails
+            only, a format that differs from `format` in grid, block size and scale rule allows whole spans; None
+            allows nothing and keeps no memory free for it.
+        host_memory: pinned bytes for parked streams.
+        disk_path: folder for parked streams, of this manager alone.
+        disk_memory: bytes of files in it; needs `disk_path`.
         device: where the pool lives.
         staging: bytes of scratch for decoded history; None for 1/16 of `memory`, at most 256 MiB.
         path: how attention reads pages.
@@ -167,6 +186,10 @@ class CacheConfig:
     memory: int | str
     format: str | PageFormat = "qvg4-int2"
     span_frames: int = 24
+    demote_to: str | PageFormat | None = None
+    host_memory: int | str = 0
+    disk_path: str | Path | None = None
+    disk_memory: int | str = 0
     device: str | torch.device = "cpu"
     staging: int | str | None = None
     path: AttentionPath | str = AttentionPath.AUTO
@@ -188,6 +211,48 @@ class CacheConfig:
             _require(self.path in known, f"path: expected one of {known}, got {self.path!r}")
             object.__setattr__(self, "path", AttentionPath(self.path))
         _require_count("span_frames", self.span_frames, 1)
+        if self.demote_to is not None:
+            object.__setattr__(self, "demote_to", _checked_demotion(self.format, get_format(self.demote_to)))
+        for name in ("host_memory", "disk_memory"):
+            object.__setattr__(self, name, parse_bytes(getattr(self, name)) if getattr(self, name) != 0 else 0)
+        if self.disk_path is not None:
+            object.__setattr__(self, "disk_path", Path(self.disk_path))
+        _require(
+            (self.disk_path is None) == (self.disk_memory == 0),
+            f"disk_path, disk_memory: expected both or neither, got {self.disk_path!r} and {self.disk_memory!r}",
+        )
+
+
+def _checked_demotion(fmt: object, target: PageFormat) -> PageFormat:
+    assert isinstance(fmt, PageFormat)
+    _require(
+        not fmt.is_dense and shares_codebooks(fmt.key, target.key) and shares_codebooks(fmt.value, target.value),
+        f"demote_to: expected {fmt.name!r} but for grid, block size and scale rule, since a span keeps its codebook, "
+        f"got {target.name!r}",
+    )
+    return target
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityFloor:
+    """How far a stream may be squeezed when memory is short.
+
+    Attributes:
+        rung: lowest rung of the ladder.
+        retrieval_frames: frames kept past the visible ones in any case, as far as the window has them.
+    """
+
+    rung: Rung = Rung.SPANS
+    retrieval_frames: int = 0
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.rung, Rung), f"rung: expected a Rung, got {self.rung!r}")
+        _require_count("retrieval_frames", self.retrieval_frames, 0)
+
+    def stricter(self, other: "QualityFloor") -> "QualityFloor":
+        """What keeps both promises."""
+        frames = max(self.retrieval_frames, other.retrieval_frames)
+        return QualityFloor(rung=min(self.rung, other.rung), retrieval_frames=frames)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Turns a full span of unquantised pages into quantised ones, off the critical path."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -8,7 +9,7 @@ from qvg_paged.events import fault_point
 from qvg_paged.fence import Fence
 from qvg_paged.kernels.encode import encode_part
 from qvg_paged.kernels.layout import GRANULE, PageLayout, PartLayout
-from qvg_paged.page import DENSE_FORMAT, QUANTISED_FORMAT, Page
+from qvg_paged.page import DENSE_FORMAT, Page
 
 __all__ = ["SpanEncoder"]
 
@@ -43,8 +44,17 @@ class SpanEncoder:
                 self._encode_layer(layer, dense, quantised)
             self._done = Fence.record(self._buffer.device)
 
+    @contextmanager
+    def side_stream(self) -> Iterator[None]:
+        """Launch other work in order with spans: behind what was launched so far, and `order_after` waits for it."""
+        with self._on_side_stream():
+            try:
+                yield
+            finally:
+                self._done = Fence.record(self._buffer.device)
+
     def _encode_layer(self, layer: int, dense: list[Page], quantised: list[Page]) -> None:
-        source, target = self._layouts[DENSE_FORMAT], self._layouts[QUANTISED_FORMAT]
+        source, target = self._layouts[DENSE_FORMAT], self._layouts[quantised[0].format]
         codebook = quantised[0].codebook
         book = codebook.slot.id * GRANULE if codebook else 0
         for part, start, end, codebook_offset in (

@@ -5,12 +5,15 @@ from qvg_paged.kernels.errors import ArgumentError, QvgPagedError
 __all__ = [
     "ArgumentError",
     "ConfigError",
+    "CorruptedError",
     "IntegrityError",
     "NonFiniteError",
     "OutOfMemoryError",
+    "QualityFloorError",
     "QvgPagedError",
     "StaleHandleError",
     "StateError",
+    "StorageError",
 ]
 
 
@@ -46,3 +49,15 @@ class OutOfMemoryError(QvgPagedError):
         super().__init__(message)
         self.requested = requested
         self.available = available
+
+
+class QualityFloorError(QvgPagedError):
+    """A stream may not be squeezed that far, by its own floor or its tenant's; nothing changed."""
+
+
+class StorageError(QvgPagedError):
+    """The disk failed or is full; the stream is where it was."""
+
+
+class CorruptedError(QvgPagedError):
+    """A parked copy is not, byte for byte, what was parked; no other copy is left. The stream can only be closed."""

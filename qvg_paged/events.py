@@ -8,7 +8,16 @@ from enum import Enum
 
 from qvg_paged.errors import ArgumentError, IntegrityError, NonFiniteError, OutOfMemoryError
 
-__all__ = ["FAULT_POINTS", "CacheEvent", "EventKind", "Tally", "fault_point", "inject_fault"]
+__all__ = [
+    "CHUNK_FAULT_POINTS",
+    "FAULT_POINTS",
+    "TIER_FAULT_POINTS",
+    "CacheEvent",
+    "EventKind",
+    "Tally",
+    "fault_point",
+    "inject_fault",
+]
 
 
 class EventKind(Enum):
@@ -24,6 +33,14 @@ class EventKind(Enum):
     """Frames left the window."""
     FREE = "free"
     """Memory went back to the pool."""
+    DEMOTE = "demote"
+    """Frames are stored more cheaply, for good; `detail` says from which format to which."""
+    PARK = "park"
+    """A stream left the pool; `detail` says for which tier."""
+    RESUME = "resume"
+    """A stream came back; `detail` says from which tier."""
+    RESIZE = "resize"
+    """The pool gave memory back to the host engine, or got it back."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,7 @@ class CacheEvent:
         frames: frames concerned, if any.
         pages: page ids concerned.
         nbytes: bytes of these pages and of codebooks that came or went with them.
+        detail: formats or tier, where the kind has one.
     """
 
     kind: EventKind
@@ -45,6 +63,7 @@ class CacheEvent:
     frames: tuple[int, ...]
     pages: tuple[int, ...]
     nbytes: int
+    detail: str = ""
 
 
 class Tally:
@@ -85,7 +104,7 @@ class Tally:
                 self.failures[counted] += 1
 
 
-FAULT_POINTS = (
+CHUNK_FAULT_POINTS = (
     "pool.allocate",
     "chunk.reserve",
     "chunk.write",
@@ -95,7 +114,18 @@ FAULT_POINTS = (
     "stream.evict",
     "stream.fork",
 )
-"""Names accepted by `inject_fault`, in the order of a chunk's life."""
+"""Fault points of a chunk, in the order of its life."""
+
+TIER_FAULT_POINTS = (
+    "pool.compact",
+    "demote.reserve",
+    "demote.layer",
+    "demote.publish",
+)
+"""Fault points of the ladder."""
+
+FAULT_POINTS = CHUNK_FAULT_POINTS + TIER_FAULT_POINTS
+"""Names accepted by `inject_fault`."""
 
 _armed: dict[str, Callable[[], None]] = {}
 

@@ -12,11 +12,12 @@ from typing import cast
 import torch
 
 from qvg_paged.begin import begin_chunks
-from qvg_paged.budget import Budget, object_counts, page_layouts, stream_timeline
+from qvg_paged.budget import Budget, object_counts, object_sizes, page_layouts, stream_timeline
 from qvg_paged.checks import check_kv, check_layer, check_queries
 from qvg_paged.chunk import Chunk, ChunkState
 from qvg_paged.commit import commit_chunks
-from qvg_paged.config import CacheConfig, ModelSpec, Window
+from qvg_paged.config import CacheConfig, ModelSpec, QualityFloor, Rung, Window
+from qvg_paged.demote import demote_streams, shrink_retrieval
 from qvg_paged.encoder import SpanEncoder
 from qvg_paged.errors import ArgumentError
 from qvg_paged.events import CacheEvent, EventKind, Tally, fault_point
@@ -57,12 +58,13 @@ class KVCacheManager:
         self.layouts = page_layouts(model, config)
         self._dense = self.layouts[DENSE_FORMAT]
         device = torch.empty(0, device=cast(torch.device, config.device)).device
-        sizes = [size for size in object_counts(self.layouts, Demand(1, 1, 1)) if size]
+        sizes = object_sizes(self.layouts)
         self._pool = SlabPool(self.budget.slabs, sizes, device, config.free_fill)
         self._staging = torch.empty(self.budget.staging, dtype=torch.uint8, device=device)
         self.store = PageStore(self._pool, self.layouts)
         self.encoder = SpanEncoder(self._pool.buffer, self.layouts)
         self.streams: dict[str, Stream] = {}
+        self.floors: dict[str, QualityFloor] = {}
         self._batches: dict[tuple[int, ...], tuple[BlockTable, ScratchWriter]] = {}
         self._lock = RLock()
         self._tally = Tally()
@@ -99,13 +101,15 @@ class KVCacheManager:
 
         `nbytes` asks the same of a smaller pool.
         """
-        counts = object_counts(self.layouts, sum(demands, Demand()))
+        counts = object_counts(self.layouts, sum(demands, self.budget.reserve))
         slabs = self.budget.slabs
         usable = slabs.num_slabs if nbytes is None else min(slabs.num_slabs, nbytes // slabs.slab_nbytes)
         return slabs.slabs_for(counts) <= usable
 
-    def open(self, stream_id: str, *, tenant: str = "default", window: Window) -> Stream:
-        """Open a stream; takes no memory before its first chunk.
+    def open(
+        self, stream_id: str, *, tenant: str = "default", window: Window, floor: QualityFloor | None = None
+    ) -> Stream:
+        """Open a stream; takes no memory before its first chunk. `floor` says how far it may be squeezed.
 
         Raises:
             ArgumentError: the id is in use.
@@ -113,7 +117,7 @@ class KVCacheManager:
         """
         with self._lock:
             timeline = stream_timeline(self.config, window)
-            return self._add(Stream(self, stream_id, tenant, timeline))
+            return self._add(Stream(self, stream_id, tenant, timeline, floor))
 
     def _add(self, stream: Stream) -> Stream:
         if not isinstance(stream.id, str) or not stream.id:
@@ -257,11 +261,43 @@ class KVCacheManager:
         with self._lock:
             stream.require_open()
             fault_point("stream.fork")
-            branch = self._add(Stream(self, stream_id, stream.tenant, stream.timeline))
+            branch = self._add(Stream(self, stream_id, stream.tenant, stream.timeline, stream.floor))
             self.store.retain(list(stream.pages.values()))
             branch.pages = dict(stream.pages)
             branch.committed = stream.committed
             return branch
+
+    def set_floor(self, tenant: str, floor: QualityFloor | None) -> None:
+        """How far streams of `tenant` may be squeezed from now on; what was demoted stays demoted. None: no floor."""
+        with self._lock:
+            if floor is None:
+                self.floors.pop(tenant, None)
+            elif isinstance(floor, QualityFloor):
+                self.floors[tenant] = floor
+            else:
+                raise ArgumentError(f"floor: expected a QualityFloor or None, got {floor!r}")
+
+    def demote(self, streams: Sequence[Stream], rung: Rung) -> int:
+        """Store streams more cheaply, for good, between chunks; bytes that went back to the pool.
+
+        On `Rung.TAIL` the dense tail is quantised now, and from now on frames are as soon as a chunk's worth of them
+        is committed; sink frames kept unquantised by the window stay so. On `Rung.SPANS` all quantised pages are
+        requantised to ``CacheConfig.demote_to``: a span keeps its codebook and ids, only its residual is coarser.
+        docs/tiers.md says what happens to pages that forks share.
+
+        Raises:
+            QualityFloorError: a stream may not go down that far; nothing changed.
+            OutOfMemoryError: no memory is left for the new pages; some spans may be demoted already, the rest is as
+                it was.
+            StateError: a stream is closed, parked or has an open chunk; nothing changed.
+        """
+        with self._lock, torch.no_grad():
+            return demote_streams(self, streams, rung)
+
+    def shrink_retrieval(self, stream: Stream, frames: int) -> int:
+        """See `Stream.shrink_retrieval`."""
+        with self._lock:
+            return shrink_retrieval(self, stream, frames)
 
     def close_stream(self, stream: Stream) -> None:
         """See `Stream.close`."""

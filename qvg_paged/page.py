@@ -27,12 +27,14 @@ class Codebook:
 
 @dataclass(eq=False, slots=True)
 class Page:
-    """One frame in one format. `owners` counts streams and open chunks that hold it."""
+    """One frame in one format. `owners` counts streams and open chunks that hold it, `demotions` how often the frame
+    was stored more cheaply than its window says."""
 
     slot: Slot
     format: int
     codebook: Codebook | None = None
     owners: int = 1
+    demotions: int = 0
 
     @property
     def id(self) -> int:
@@ -69,8 +71,10 @@ class PageStore:
         """Make room for new objects or raise `OutOfMemoryError`, changing nothing."""
         self.pool.require(object_counts(self.layouts, demand))
 
-    def reserve(self, tenant: str, scratch: int, spans: int, span_frames: int) -> Reservation:
-        """Take everything a chunk needs; call `require` before.
+    def reserve(
+        self, tenant: str, scratch: int, spans: int, span_frames: int, fmt: int = QUANTISED_FORMAT
+    ) -> Reservation:
+        """Take everything a chunk needs, its spans in `fmt`; call `require` before.
 
         Raises:
             OutOfMemoryError: it does not fit; nothing stays allocated.
@@ -80,10 +84,10 @@ class PageStore:
             taken += self._pages(DENSE_FORMAT, scratch, tenant, None)
             groups = []
             for _ in range(spans):
-                size = self.layouts[QUANTISED_FORMAT].codebook_nbytes
+                size = self.layouts[fmt].codebook_nbytes
                 codebook = Codebook(self.pool.allocate(size, 1, tenant)[0]) if size else None
                 try:
-                    group = self._pages(QUANTISED_FORMAT, span_frames, tenant, codebook)
+                    group = self._pages(fmt, span_frames, tenant, codebook)
                 except BaseException:
                     if codebook:
                         self.pool.free(codebook.slot, Fence())
@@ -100,6 +104,21 @@ class PageStore:
         if codebook:
             codebook.pages = count
         return [Page(slot, fmt, codebook) for slot in slots]
+
+    def successors(self, pages: list[Page], fmt: int, tenant: str) -> list[Page]:
+        """A page in `fmt` for each of `pages`, under the same codebook.
+
+        Raises:
+            OutOfMemoryError: they do not fit; nothing stays allocated.
+        """
+        slots = self.pool.allocate(self.layouts[fmt].page_nbytes, len(pages), tenant)
+        for page in pages:
+            if page.codebook:
+                page.codebook.pages += 1
+        return [
+            Page(slot, fmt, page.codebook, demotions=page.demotions + 1)
+            for slot, page in zip(slots, pages, strict=True)
+        ]
 
     def retain(self, pages: list[Page]) -> None:
         """Add an owner to each page."""

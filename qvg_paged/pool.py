@@ -138,6 +138,10 @@ class SlabPool:
         """Bytes in slabs that no size holds."""
         return len(self._free_slabs) * self.slab_nbytes
 
+    def room(self, nbytes: int) -> int:
+        """Free slots in slabs that hold objects of `nbytes`."""
+        return self._classes[nbytes].free_slots
+
     def require(self, counts: Mapping[int, int]) -> None:
         """Make room for `counts` objects by size, taking back returned memory if that is what it takes.
 
@@ -256,7 +260,7 @@ class SlabPool:
         objects = list(self._live.values()) + [slot for _, slot in self._pending]
         taken_of: dict[int, list[Slot]] = {}
         for slot in objects:
-            taken_of.setdefault(self._slab(slot), []).append(slot)
+            taken_of.setdefault(self.slab_of(slot), []).append(slot)
         for kind in self._classes.values():
             if kind.with_room != sorted(slab for slab, room in kind.free.items() if room):
                 raise IntegrityError(f"pool: slabs with room of size {kind.nbytes} are listed wrongly")
@@ -279,5 +283,6 @@ class SlabPool:
         if self.used_nbytes != sum(slot.nbytes for slot in objects):
             raise IntegrityError(f"pool: used_nbytes is {self.used_nbytes}, objects hold otherwise")
 
-    def _slab(self, slot: Slot) -> int:
+    def slab_of(self, slot: Slot) -> int:
+        """Index of the slab that holds it."""
         return slot.id * GRANULE // self.slab_nbytes

@@ -1,13 +1,15 @@
 """One video being generated: its committed frames, its window, its open chunk."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qvg_paged.chunk import Chunk
-from qvg_paged.config import Window
+from qvg_paged.config import QualityFloor, Rung, Window
+from qvg_paged.demote import FrameQuality, ledger
 from qvg_paged.errors import ArgumentError, IntegrityError, StateError
+from qvg_paged.ladder import SqueezedTimeline
 from qvg_paged.page import Page
 from qvg_paged.timeline import Timeline
 
@@ -29,9 +31,17 @@ class Stream:
         pages: page of each frame that is still stored, ascending.
         chunk: the open chunk, or None.
         closed: whether `close` was called.
+        floor: how far it may be squeezed, unless its tenant's floor is stricter.
     """
 
-    def __init__(self, manager: "KVCacheManager", stream_id: str, tenant: str, timeline: Timeline) -> None:
+    def __init__(
+        self,
+        manager: "KVCacheManager",
+        stream_id: str,
+        tenant: str,
+        timeline: Timeline,
+        floor: QualityFloor | None = None,
+    ) -> None:
         self.manager = manager
         self.id = stream_id
         self.tenant = tenant
@@ -40,6 +50,23 @@ class Stream:
         self.pages: dict[int, Page] = {}
         self.chunk: Chunk | None = None
         self.closed = False
+        self.floor = floor or QualityFloor()
+        self.parked: Any = None
+
+    @property
+    def rung(self) -> Rung:
+        """How far the stream was squeezed."""
+        return self.timeline.rung if isinstance(self.timeline, SqueezedTimeline) else Rung.NONE
+
+    @property
+    def quality_floor(self) -> QualityFloor:
+        """How far it may be squeezed: the stricter of its own floor and its tenant's."""
+        return self.floor.stricter(self.manager.floors.get(self.tenant, QualityFloor()))
+
+    @property
+    def ledger(self) -> dict[int, FrameQuality]:
+        """Format and number of demotions of each stored frame."""
+        return ledger(self.manager, self)
 
     @property
     def window(self) -> Window:
@@ -125,6 +152,20 @@ class Stream:
             ArgumentError: the id is in use.
         """
         return self.manager.fork(self, stream_id)
+
+    def demote(self, rung: Rung) -> int:
+        """Store the stream more cheaply, for good: `KVCacheManager.demote` for one stream."""
+        return self.manager.demote([self], rung)
+
+    def shrink_retrieval(self, frames: int) -> int:
+        """Keep at most `frames` frames past the visible ones from now on; bytes that went back to the pool.
+
+        Raises:
+            QualityFloorError: the stream's or its tenant's floor allows no fewer; nothing changed.
+            ArgumentError: more than it keeps now, or too few for its spans to fill.
+            StateError: the stream is closed, parked or has an open chunk.
+        """
+        return self.manager.shrink_retrieval(self, frames)
 
     def close(self) -> None:
         """Abort an open chunk and return everything. Does nothing on a closed stream."""

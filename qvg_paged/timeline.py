@@ -14,21 +14,31 @@ __all__ = ["Demand", "Timeline"]
 
 @dataclass(frozen=True)
 class Demand:
-    """Pool objects of a stream at its worst: unquantised pages, quantised pages, codebooks."""
+    """Pool objects of a stream: unquantised pages, quantised pages, codebooks, pages in ``CacheConfig.demote_to``."""
 
     dense_pages: int = 0
     quantised_pages: int = 0
     codebooks: int = 0
+    demoted_pages: int = 0
 
     def __add__(self, other: "Demand") -> "Demand":
         return Demand(
             self.dense_pages + other.dense_pages,
             self.quantised_pages + other.quantised_pages,
             self.codebooks + other.codebooks,
+            self.demoted_pages + other.demoted_pages,
         )
 
+    def __sub__(self, other: "Demand") -> "Demand":
+        return self + other * -1
+
     def __mul__(self, count: int) -> "Demand":
-        return Demand(self.dense_pages * count, self.quantised_pages * count, self.codebooks * count)
+        return Demand(
+            self.dense_pages * count,
+            self.quantised_pages * count,
+            self.codebooks * count,
+            self.demoted_pages * count,
+        )
 
     def most(self, other: "Demand") -> "Demand":
         """The larger of each."""
@@ -36,6 +46,7 @@ class Demand:
             max(self.dense_pages, other.dense_pages),
             max(self.quantised_pages, other.quantised_pages),
             max(self.codebooks, other.codebooks),
+            max(self.demoted_pages, other.demoted_pages),
         )
 
 
@@ -71,6 +82,16 @@ class Timeline:
         assert self.span_frames is not None
         start = self.first_span + index * self.span_frames
         return range(start, start + self.span_frames)
+
+    @property
+    def closing_frames(self) -> int:
+        """Frames of a span that a commit closes."""
+        return self.span_frames or 0
+
+    @property
+    def closing_format(self) -> int:
+        """Index of the layout in which a commit closes it."""
+        return 1
 
     def visible(self, committed: int) -> list[int]:
         """Frames the next chunk attends to without asking, ascending."""

@@ -8,7 +8,6 @@ import torch
 from tiny import WINDOW, content, grow, make_cache, make_model, page_bytes, write
 
 from qvg_paged import (
-    FAULT_POINTS,
     ArgumentError,
     CacheConfig,
     Chunk,
@@ -25,6 +24,7 @@ from qvg_paged import (
     Window,
     inject_fault,
 )
+from qvg_paged.events import CHUNK_FAULT_POINTS
 from qvg_paged.fence import Fence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +54,7 @@ def step(cache: KVCacheManager) -> None:
     a.fork("c")
 
 
-@pytest.mark.parametrize("point", FAULT_POINTS)
+@pytest.mark.parametrize("point", CHUNK_FAULT_POINTS)
 def test_a_fault_anywhere_leaves_what_was_committed_and_the_books_in_order(point: str) -> None:
     """The n-th call of every fault point fails, n = 0, 1, ... until nothing fires any more."""
     fired = 0

@@ -66,9 +66,9 @@ def dense_bytes(model: ModelSpec, seed: int) -> bytes:
     return content(model, seed).view(torch.uint8).numpy().tobytes()
 
 
-def span_bytes(cache: KVCacheManager, seeds: Sequence[int]) -> list[bytes]:
+def span_bytes(cache: KVCacheManager, seeds: Sequence[int], fmt: int = -1) -> list[bytes]:
     """What the quantised page of each frame of a span must hold, codebook appended: encoded apart from any pool."""
-    model, layout = cache.model, cache.layouts[-1]
+    model, layout = cache.model, cache.layouts[fmt]
     frames = torch.stack([content(model, seed) for seed in seeds], 2)
     book = len(seeds) * layout.page_nbytes
     buffer = torch.zeros(book + layout.codebook_nbytes, dtype=torch.uint8)
