@@ -230,6 +230,10 @@ def _checked_demotion(fmt: object, target: PageFormat) -> PageFormat:
         f"demote_to: expected {fmt.name!r} but for grid, block size and scale rule, since a span keeps its codebook, "
         f"got {target.name!r}",
     )
+    _require(
+        target == fmt or target.name != fmt.name,
+        f"demote_to: expected a format with a name of its own, got {target.name!r} twice; rename it with replace()",
+    )
     return target
 
 

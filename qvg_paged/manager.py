@@ -291,7 +291,7 @@ class KVCacheManager:
                 it was.
             StateError: a stream is closed, parked or has an open chunk; nothing changed.
         """
-        with self._lock, torch.no_grad():
+        with self._lock, self._tally, torch.no_grad():
             return demote_streams(self, streams, rung)
 
     def shrink_retrieval(self, stream: Stream, frames: int) -> int:

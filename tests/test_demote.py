@@ -224,6 +224,8 @@ def test_only_formats_that_share_codebooks_can_be_demoted_to() -> None:
             CacheConfig(memory="1GiB", format=FINE, demote_to=target)
     with pytest.raises(ConfigError, match="demote_to"):
         CacheConfig(memory="1GiB", format="dense", demote_to="dense")
+    with pytest.raises(ConfigError, match="demote_to: expected a format with a name of its own, got 'qvg4-int2' twice"):
+        CacheConfig(memory="1GiB", format=FAST.with_codecs(grid=Grid.INT4), demote_to=FAST)
     config = CacheConfig(memory="1GiB", format="qvg-int4", demote_to="qvg-int2")
     assert config.demote_to is FORMATS["qvg-int2"]
 
