@@ -1,7 +1,10 @@
 """Who runs, who waits, who makes room and who is refused: values in, values out, no tensors."""
 
+from qvg_paged.scheduler.async_driver import AsyncScheduler, Engine
+from qvg_paged.scheduler.async_stream import AsyncStream
 from qvg_paged.scheduler.backend import CacheBackend, ParkingBackend
 from qvg_paged.scheduler.config import Reservation, SchedulerConfig
+from qvg_paged.scheduler.errors import RefusedError, StreamCancelledError, StreamFailedError, StreamLostError
 from qvg_paged.scheduler.log import DecisionLog
 from qvg_paged.scheduler.plan import Decision, Outcome, Plan, Reason
 from qvg_paged.scheduler.plugins import available_policies, load_policy
@@ -13,10 +16,13 @@ from qvg_paged.scheduler.view import StreamView, SystemView, TenantView
 
 __all__ = [
     "FCFS",
+    "AsyncScheduler",
+    "AsyncStream",
     "CacheBackend",
     "Decision",
     "DecisionLog",
     "EarliestDeadline",
+    "Engine",
     "FairShare",
     "Outcome",
     "ParkingBackend",
@@ -24,9 +30,13 @@ __all__ = [
     "Policy",
     "Priority",
     "Reason",
+    "RefusedError",
     "Reservation",
     "Scheduler",
     "SchedulerConfig",
+    "StreamCancelledError",
+    "StreamFailedError",
+    "StreamLostError",
     "StreamRequest",
     "StreamState",
     "StreamView",

@@ -1,0 +1,305 @@
+"""The scheduler for asyncio: submit a request, iterate over its chunks.
+
+    async with AsyncScheduler(scheduler, engine) as driver:
+        async with driver.submit(request) as stream:
+            async for chunk in stream:
+                ...
+
+The engine is plain code. All its methods are called from one thread of the driver, one at a time, so that its CUDA
+calls go to one stream and never block the event loop; the driver itself belongs to its event loop.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
+
+from qvg_paged.errors import ArgumentError, StateError
+from qvg_paged.scheduler.async_stream import AsyncStream, Feed
+from qvg_paged.scheduler.errors import RefusedError
+from qvg_paged.scheduler.plan import Decision, Outcome, Plan
+from qvg_paged.scheduler.request import StreamRequest
+from qvg_paged.scheduler.scheduler import Scheduler
+
+__all__ = ["AsyncScheduler", "Engine"]
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Engine(Protocol[T_co]):
+    """What carries plans out. What it raises fails the stream that it is about, no other."""
+
+    def open(self, request: StreamRequest) -> None:
+        """A stream was admitted."""
+
+    def generate(self, chunks: Mapping[str, range]) -> Mapping[str, "T_co | Exception"]:
+        """Generate and commit these frames of these streams, together.
+
+        Returns:
+            Per stream its chunk, which goes to whoever submitted it, or the error that ends it. A stream that is left
+            out has committed nothing and is asked again.
+        """
+
+    def park(self, stream_id: str) -> None:
+        """Move a stream out of the pool; never called where ``Scheduler.reservation`` is to completion."""
+
+    def resume(self, stream_id: str) -> None:
+        """Bring a parked stream back."""
+
+    def close(self, stream_id: str) -> None:
+        """A stream that was opened is over; what this raises is not passed on."""
+
+
+@dataclass
+class _Turn(Generic[T]):
+    """What came of a step: the plan, chunks by stream, whether anything moved."""
+
+    plan: Plan
+    chunks: Mapping[str, T]
+    moved: bool
+
+
+class AsyncScheduler(Generic[T]):
+    """Drives a scheduler and an engine; use it in an ``async with`` block.
+
+    Leaving the block drains: no new requests, those that are in go on to their ends. Leaving it by an exception, or
+    when the task is cancelled, shuts down: all streams are cancelled and closed.
+
+    Args:
+        scheduler: whom to ask; while the driver runs, submit and cancel through the driver.
+        engine: what carries the plans out.
+        clock: seconds for ``Scheduler.step``.
+        poll_seconds: how long to wait before trying again when nothing can move.
+
+    Raises:
+        ArgumentError: `poll_seconds` is not positive.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        engine: Engine[T],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        poll_seconds: float = 0.05,
+    ) -> None:
+        if not poll_seconds > 0:
+            raise ArgumentError(f"poll_seconds: expected a positive number, got {poll_seconds!r}")
+        self.scheduler = scheduler
+        self._engine, self._clock, self._poll = engine, clock, poll_seconds
+        self._feeds: dict[str, Feed[T]] = {}
+        self._requests: dict[str, StreamRequest] = {}
+        self._opened: set[str] = set()
+        self._draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def __aenter__(self) -> "AsyncScheduler[T]":
+        if self._loop is not None:
+            raise StateError("driver: expected to be entered once; make another")
+        self._loop = asyncio.get_running_loop()
+        self._wake, self._idle = asyncio.Event(), asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._task = asyncio.create_task(self._drive(), name="scheduler")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                await self.drain()
+        finally:
+            self.scheduler.shutdown()
+            self._end_all()
+            await self._stop()
+
+    async def _stop(self) -> None:
+        """Let the streams be closed, then end task and thread; what ended the task is raised here."""
+        self._draining = True
+        self._wake.set()
+        try:
+            await self._idle.wait()
+        finally:
+            self._task.cancel()
+            self._thread.shutdown(wait=False)
+        (end,) = await asyncio.gather(self._task, return_exceptions=True)
+        if isinstance(end, Exception):
+            raise end
+
+    def submit(self, request: StreamRequest, *, buffer: int = 2) -> AsyncStream[T]:
+        """Put a stream in line.
+
+        Args:
+            request: what to generate.
+            buffer: chunks generated ahead of who reads them; the stream pauses when they are not read. 0 if nobody
+                will: chunks are dropped.
+
+        Raises:
+            RefusedError: the request was not accepted.
+            ArgumentError: the id is in use, or `buffer` is negative.
+            StateError: not in the driver's event loop, or the driver has stopped.
+        """
+        self._check_place("submit")
+        if isinstance(buffer, bool) or not isinstance(buffer, int) or buffer < 0:
+            raise ArgumentError(f"buffer: expected an integer >= 0, got {buffer!r}")
+        if not isinstance(request, StreamRequest):
+            raise ArgumentError(f"request: expected a StreamRequest, got {type(request).__name__}")
+        if request.id in self._feeds:
+            raise ArgumentError(f"id: expected one that is not in use, got {request.id!r}")
+        feed: Feed[T] = Feed(buffer, self._wake)
+        self._feeds[request.id], self._requests[request.id] = feed, request  # before the other thread sees the stream
+        try:
+            decision = self.scheduler.submit(request)
+            if decision.reason.is_refusal:
+                raise RefusedError(decision)
+        except BaseException:
+            del self._feeds[request.id], self._requests[request.id]
+            raise
+        self._wake.set()
+        return AsyncStream(self, request, feed)
+
+    def cancel(self, stream_id: str) -> Decision:
+        """Give a stream up: who reads it gets `StreamCancelledError`; a chunk that is under way is dropped.
+
+        Raises:
+            ArgumentError: unknown id.
+            StateError: not in the driver's event loop.
+        """
+        self._check_place("cancel")
+        decision = self.scheduler.cancel(stream_id)
+        self._end(decision)
+        self._wake.set()
+        return decision
+
+    async def drain(self) -> None:
+        """Accept no new requests and wait for the ends of those that are in; buffers grow as they must."""
+        self._check_place("drain")
+        self._draining = True
+        self.scheduler.drain()
+        self._wake.set()
+        await self._idle.wait()
+
+    async def shutdown(self) -> None:
+        """Accept no new requests, cancel all streams and wait until they are closed."""
+        self._check_place("shutdown")
+        self.scheduler.shutdown()
+        self._end_all()
+        await self.drain()
+
+    def _check_place(self, what: str) -> None:
+        try:
+            here = asyncio.get_running_loop()
+        except RuntimeError:
+            here = None
+        if self._loop is None or here is not self._loop:
+            raise StateError(
+                f"{what}: expected to be called in the event loop of the driver's `async with` block; from another "
+                "thread use loop.call_soon_threadsafe"
+            )
+        if self._task.done():
+            raise StateError(f"{what}: expected a driver that runs; this one has stopped")
+
+    async def _drive(self) -> None:
+        assert self._loop is not None
+        try:
+            while True:
+                self._wake.clear()
+                if not self.scheduler.busy:
+                    if self._draining:
+                        self._idle.set()
+                    await self._wake.wait()
+                    continue
+                full = frozenset(name for name, feed in self._feeds.items() if feed.full and not self._draining)
+                turn = await self._loop.run_in_executor(self._thread, self._turn, full)
+                self._deliver(turn)
+                if not turn.moved:
+                    await self._pause()
+        except Exception as error:
+            for feed in self._feeds.values():
+                feed.end(error)
+            raise
+        finally:
+            self._idle.set()
+
+    async def _pause(self) -> None:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), self._poll)
+
+    def _deliver(self, turn: _Turn[T]) -> None:
+        for stream_id, chunk in turn.chunks.items():
+            if stream_id in self._feeds:
+                self._feeds[stream_id].put(chunk)
+        for decision in turn.plan.finished:
+            self._end(decision)
+
+    def _end(self, decision: Decision) -> None:
+        feed = self._feeds.pop(decision.stream_id, None)
+        self._requests.pop(decision.stream_id, None)
+        if feed is not None:
+            feed.end(decision)
+
+    def _end_all(self) -> None:
+        for stream_id in list(self._feeds):
+            self._end(self.scheduler.why(stream_id))
+
+    def _turn(self, full: frozenset[str]) -> _Turn[T]:
+        """A step, carried out; in the driver's thread."""
+        plan = self.scheduler.step(self._clock())
+        failed: dict[str, str] = {}
+        for decision in plan.finished:
+            self._close(decision.stream_id)
+        for decision in plan.parked:
+            self._attempt(failed, decision.stream_id, self._engine.park)
+        for decision in plan.resumed:
+            self._attempt(failed, decision.stream_id, self._engine.resume)
+        for decision in plan.admitted:
+            self._attempt(failed, decision.stream_id, self._open)
+        wanted = {
+            decision.stream_id: decision.frames or range(0)
+            for decision in plan.running
+            if decision.stream_id in self._opened and decision.stream_id not in {*failed, *full}
+        }
+        chunks = self._generate(wanted, failed)
+        self.scheduler.update(plan, Outcome({name: len(wanted[name]) for name in chunks}, failed))
+        moved = bool(chunks or failed or plan.finished or plan.parked or plan.resumed or plan.admitted)
+        return _Turn(plan, chunks, moved)
+
+    def _generate(self, wanted: dict[str, range], failed: dict[str, str]) -> dict[str, T]:
+        if not wanted:
+            return {}
+        try:
+            made = dict(self._engine.generate(wanted))
+            if not made.keys() <= wanted.keys():
+                raise ArgumentError(f"generate: expected chunks of {sorted(wanted)}, got {sorted(made)}")
+        except Exception as error:
+            failed.update(dict.fromkeys(wanted, _text(error)))
+            return {}
+        failed.update({name: _text(chunk) for name, chunk in made.items() if isinstance(chunk, Exception)})
+        return {name: chunk for name, chunk in made.items() if not isinstance(chunk, Exception)}
+
+    def _open(self, stream_id: str) -> None:
+        request = self._requests.get(stream_id)
+        if request is not None:  # else it was cancelled since the plan was made
+            self._opened.add(stream_id)
+            self._engine.open(request)
+
+    def _close(self, stream_id: str) -> None:
+        if stream_id in self._opened:
+            self._opened.remove(stream_id)
+            self._attempt({}, stream_id, self._engine.close)
+
+    @staticmethod
+    def _attempt(failed: dict[str, str], stream_id: str, call: Callable[[str], Any]) -> None:
+        try:
+            call(stream_id)
+        except Exception as error:
+            failed[stream_id] = _text(error)
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
