@@ -54,7 +54,7 @@ def test_an_event_comes_back_as_it_was(stream: str, tenant: str, frames: list[in
         (record,) = records(Path(folder) / "x")
     assert record == {
         "kind": "page", "event": "commit", "tenant": tenant, "stream": stream, "frames": frames, "pages": [7],
-        "nbytes": 256, "v": 1, "seq": 0, "t": 1.5,
+        "nbytes": 256, "detail": "", "v": 1, "seq": 0, "t": 1.5,
     }  # fmt: skip
 
 

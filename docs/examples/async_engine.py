@@ -55,12 +55,12 @@ async def watch(driver: AsyncScheduler[torch.Tensor], name: str, patience: int) 
     """Read a stream's chunks; leaving the block early cancels it."""
     request = StreamRequest(name, "studio", frames=24, window=Window(sink_frames=1, recent_frames=12))
     async with driver.submit(request) as stream:
-        seen = 0
+        shapes = []
         async for chunk in stream:
-            seen += 1
-            if seen == patience:
+            shapes.append(list(chunk.shape))
+            if len(shapes) == patience:
                 break
-    print(name, seen, "chunks of", list(chunk.shape), stream.why.text)
+    print(name, len(shapes), "chunks of", shapes[-1], stream.why.text)
 
 
 async def main(cache: KVCacheManager) -> None:
