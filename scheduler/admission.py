@@ -1,6 +1,6 @@
 """Who fits, who makes room and who gets in: one pass over the line, on the books of one step."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from operator import attrgetter
 from typing import Protocol
 
@@ -66,6 +66,12 @@ class Books:
         if self._view is None:
             self._view = system_view(self.rules, self.state, self.now, self.seed, self.by_tenant, forced=False)
         return self._view
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many streams run as may."""
+        slots = self.rules.config.max_running
+        return slots is not None and len(self.state.running) >= slots
 
     def held(self, tenant: str) -> int:
         """Bytes promised to a tenant's running streams."""
@@ -176,19 +182,13 @@ def admit(books: Books, advice: Advice) -> tuple[list[Decision], list[Decision],
     first: Entry | None = None
     gate: Entry | None = None  # stops newcomers, but not the parked ones that it waits for
     for place, entry in enumerate(line):
-        if first is not None and first.overtaken >= rules.config.overtakes and not barred:
-            waiting += _all_behind(books, line[place:])
+        if first is not None and (first.overtaken >= rules.config.overtakes or books.is_full):
+            waiting += _all_wait(books, line[place:], barred, Reason.BEHIND, BEHIND)
             break
-        if entry.tenant in barred:
-            waiting.append(_wait(books, entry, Reason.QUOTA, f"tenant {entry.tenant!r} has a stream in line before it"))
+        if entry.tenant in barred or (gate is not None and entry.state is StreamState.QUEUED):
+            waiting += _all_wait(books, [entry], barred, Reason.BEHIND, BEHIND)
             continue
-        before = first if first is not None and first.overtaken >= rules.config.overtakes else None
-        if before is None and entry.state is StreamState.QUEUED:
-            before = gate
-        if before is not None:
-            waiting.append(_wait(books, entry, Reason.BEHIND, BEHIND))
-            continue
-        ready = rules.need(entry, entry.backed and _is_backed(books, entry))
+        ready = rules.need(entry, False) if entry.backed and not _is_backed(books, entry) else entry
         blocked = _obstacle(books, ready)
         if blocked is not None and first is None and _is_scarcity(blocked[0]) and _make_way(books, advice, ready):
             blocked = _obstacle(books, ready)
@@ -196,12 +196,15 @@ def admit(books: Books, advice: Advice) -> tuple[list[Decision], list[Decision],
             (resumed if entry.state is StreamState.PARKED else admitted).append(_start(books, ready))
             first = first and _overtaken(state, first)
             continue
+        if blocked[0] is Reason.HOLD_OFF:  # parked ones come first on hold, so only newcomers follow
+            waiting += _all_wait(books, line[place:], barred, *blocked)
+            break
         waiting.append(_wait(books, entry, *blocked))
         if blocked[0] is Reason.QUOTA:
             barred.add(entry.tenant)
         elif blocked[0] is Reason.NO_HOST_MEMORY:
             gate = entry
-        elif first is None and blocked[0] is not Reason.HOLD_OFF:
+        elif first is None:
             first = entry
     if not state.parked:
         state.hold = 0
@@ -250,15 +253,14 @@ def _rights(books: Books, entry: Entry) -> tuple[Reason, str] | None:
         )
     held_off = state.hold and state.parked and entry.state is StreamState.QUEUED and state.running
     if held_off and not (books.has_floors and _is_claim(books, entry)):
-        return Reason.HOLD_OFF, f"{len(state.parked)} streams are parked for want of memory; they come first"
+        return Reason.HOLD_OFF, "streams are parked for want of memory; they come first"
     return None
 
 
 def _room(books: Books, entry: Entry) -> tuple[Reason, str] | None:
     rules, state = books.rules, books.state
-    slots = rules.config.max_running
-    if slots is not None and len(state.running) >= slots:
-        return Reason.NO_SLOT, f"{slots} streams run, as many as may"
+    if books.is_full:
+        return Reason.NO_SLOT, f"{len(state.running)} streams run, as many as may"
     if not books.fits(entry):
         return Reason.NO_MEMORY, (
             f"needs {entry.need_nbytes} bytes of the pool {_horizon(rules, entry)}; {books.nbytes} of {books.limit} "
@@ -373,12 +375,15 @@ def _start(books: Books, entry: Entry) -> Decision:
     return decision
 
 
-def _all_behind(books: Books, rest: Sequence[Entry]) -> list[Decision]:
-    """The same for the rest of the line, of which most have been told so already."""
+def _all_wait(books: Books, rest: Sequence[Entry], barred: Set[str], reason: Reason, text: str) -> list[Decision]:
+    """The same for many, most of whom have been told so already; tenants in `barred` wait for their quota."""
+    if barred:
+        quota = (Reason.QUOTA, "a stream of its tenant that is before it in line waits for the quota")
+        return [_wait(books, entry, *(quota if entry.tenant in barred else (reason, text))) for entry in rest]
     decisions = list(map(DECISION, rest))
-    if list(map(TEXT, decisions)).count(BEHIND) < len(decisions):
-        for place in [place for place, decision in enumerate(decisions) if decision.text is not BEHIND]:
-            decisions[place] = _wait(books, rest[place], Reason.BEHIND, BEHIND)
+    if list(map(TEXT, decisions)).count(text) < len(decisions):
+        for place in [place for place, decision in enumerate(decisions) if decision.text != text]:
+            decisions[place] = _wait(books, rest[place], reason, text)
     return decisions
 
 

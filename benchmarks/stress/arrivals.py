@@ -2,16 +2,26 @@
 
 import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 from qvg_paged.errors import ArgumentError
 
-__all__ = ["ARRIVALS", "arrival_times", "read_trace"]
+__all__ = ["ARRIVALS", "Arrival", "arrival_times", "read_trace"]
 
 DAY = 600.0
 """Seconds of a simulated day."""
+
+
+class Arrival(NamedTuple):
+    """A stream that comes: when, whose, how many frames, and after how many seconds its viewer leaves, if at all."""
+
+    at: float
+    tenant: str
+    frames: int
+    patience: float | None = None
 
 
 def _poisson(rng: Random, rate: float) -> Iterator[float]:
@@ -23,8 +33,7 @@ def _bursts(rng: Random, rate: float, cv: float) -> Iterator[float]:
     return _gaps(lambda: rng.gammavariate(shape, 1 / (rate * shape)))
 
 
-def _gaps(draw: "object") -> Iterator[float]:
-    assert callable(draw)
+def _gaps(draw: Callable[[], float]) -> Iterator[float]:
     now = 0.0
     while True:
         now += draw()
@@ -66,22 +75,30 @@ def arrival_times(kind: str, rng: Random, rate: float, count: int) -> list[float
     return sorted(next(source) for _ in range(count))
 
 
-def read_trace(path: Path) -> list[tuple[float, str, int]]:
-    """Time, tenant and frames of each line of a CSV file with these three columns, by time.
+def read_trace(path: Path) -> list[Arrival]:
+    """Arrivals from a CSV file with the columns time, tenant, frames and, if wanted, patience; in order of time.
 
     Raises:
         ArgumentError: a line is not that; the message names it.
     """
-    rows: list[tuple[float, str, int]] = []
-    with path.open(newline="") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if number == 1 and row[:1] == ["time"]:
-                continue
-            try:
-                time, tenant, frames = float(row[0]), row[1], int(row[2])
-            except (IndexError, ValueError):
-                time, tenant, frames = math.nan, "", 0
-            if not (0 <= time < math.inf and tenant and frames > 0):
-                raise ArgumentError(f"trace: expected time,tenant,frames in line {number} of {path.name}, got {row}")
-            rows.append((time, tenant, frames))
-    return sorted(rows)
+    rows: list[Arrival] = []
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        try:
+            for number, row in enumerate(reader, 1):
+                if not (number == 1 and row[:1] == ["time"]):
+                    rows.append(_arrival(row, f"line {number} of {path.name}"))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ArgumentError(f"trace: expected a CSV file, got {path.name}: {error}") from None
+    return sorted(rows, key=lambda arrival: arrival.at)
+
+
+def _arrival(row: list[str], place: str) -> Arrival:
+    try:
+        found = Arrival(float(row[0]), row[1], int(row[2]), float(row[3]) if row[3:] and row[3] else None)
+    except (IndexError, ValueError):
+        found = Arrival(math.nan, "", 0)
+    if not (0 <= found.at < math.inf and found.tenant and 0 < found.frames < 1 << 31 and (found.patience or 0) >= 0):
+        shown = [cell[:20] for cell in row[:5]]
+        raise ArgumentError(f"trace: expected time,tenant,frames[,patience] in {place}, got {shown}")
+    return found

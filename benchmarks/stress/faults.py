@@ -8,15 +8,29 @@ from typing import Any
 from qvg_paged.scheduler import FCFS, StreamView, SystemView
 from qvg_paged.scheduler.guard import Answer, InPlace
 
-__all__ = ["FAULTS", "HOSTILE", "VirtualClock", "VirtualRunner"]
+__all__ = ["BREAKING", "FAULTS", "HOSTILE", "RESUMING", "VirtualClock", "VirtualRunner"]
 
 FAULTS = (
-    "cancel queued", "cancel running", "cancel parked", "cancel final", "cancel unknown", "duplicate id",
-    "chunk fails", "stream fails", "park fails", "out of memory", "too large",
+    "cancel queued", "cancel admitted", "cancel running", "cancel parking", "cancel parked", "cancel resuming",
+    "cancel final", "cancel unknown", "duplicate id", "double free", "stale handle",
+    "chunk fails", "encoding fails", "stream fails", "nan", "out of memory", "too large",
+    "park fails", "disk full", "disk fails", "file truncated", "bit flipped",
     "clock forward", "clock backward", "clock stalls",
     "pool shrinks", "quota changes", "weight changes", "flood", "fill and squeeze",
 )  # fmt: skip
-"""Faults that any run may draw; hostile policies come besides."""
+"""Faults that any run may draw; hostile policies come besides.
+
+In the simulator a fault is what the scheduler gets to see of it: a chunk that comes to nothing (``chunk fails``;
+``encoding fails``: between encoding and publishing; ``out of memory``: some chunks of a plan and all after them), a
+stream that breaks (``nan``, ``stream fails``, and at its return ``disk fails``, ``file truncated``, ``bit flipped``),
+a report that comes twice (``double free``) or too late (``stale handle``). `stress.on_manager` breaks the real store.
+"""
+
+BREAKING = {"chunk fails": False, "encoding fails": False, "stream fails": True, "nan": True}
+"""Faults of a chunk, and whether its stream cannot go on."""
+
+RESUMING = ("disk fails", "file truncated", "bit flipped")
+"""Faults of a stream that comes back."""
 
 
 class VirtualClock:
@@ -130,5 +144,5 @@ class EvictsTheLeader(_Hostile):
         return sorted((stream.id for stream in view.running), key=lambda name: name in view.parkable)
 
 
-HOSTILE = {"raises": Raises, "lies": Lies, "sleeps": Sleeps, "evicts the leader": EvictsTheLeader}
+HOSTILE = {"raises": Raises, "lies": Lies, "sleeps": Sleeps, "evicts-the-leader": EvictsTheLeader}
 """Policies that misbehave in a fifth of their answers."""

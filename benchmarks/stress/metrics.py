@@ -99,8 +99,8 @@ def measure(lines: Iterable[str]) -> Metrics:
     plays: dict[str, _Play] = {}
     arrived, pending, planned = 0.0, {}, 0
     for line in lines:
-        checker.feed(line)
         record: dict[str, Any] = json.loads(line)
+        checker.take(record)
         kind = record["kind"]
         if kind == "submit":
             at, arrived = (arrived, -1.0) if arrived >= 0 else (result.seconds, -1.0)
@@ -129,7 +129,7 @@ def measure(lines: Iterable[str]) -> Metrics:
     for name, (service, weight) in checker.services().items():
         shares[name] = service / weight
     result.service = dict(shares)
-    result.gap, result.gap_unit = checker.largest_gap, checker.gap_unit
+    result.gap, result.gap_unit = checker.service.largest_gap, checker.service.unit
     return result
 
 

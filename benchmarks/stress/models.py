@@ -12,7 +12,7 @@ from functools import cache
 from qvg_paged.budget import object_counts, page_layouts, stream_timeline
 from qvg_paged.config import CacheConfig, ModelSpec, Window
 from qvg_paged.pool import SlabGeometry
-from qvg_paged.timeline import Demand
+from qvg_paged.timeline import Demand, Timeline
 
 __all__ = ["MODELS", "Costs", "Geometry", "SimulatedCache", "StaticCache"]
 
@@ -75,6 +75,16 @@ MODELS = {
 """Layers, heads, tokens per latent frame and chunk lengths as published; windows shortened to whole spans."""
 
 
+@cache
+def _worst_demand(timeline: Timeline, chunk: int, frames: int | None) -> Demand:
+    return timeline.worst_demand(chunk, frames)
+
+
+@cache
+def _chunk_demand(timeline: Timeline, committed: int, frames: int) -> Demand:
+    return timeline.demand(committed, frames)
+
+
 class StaticCache:
     """Books of a pool for streams of one geometry; cannot park.
 
@@ -90,9 +100,10 @@ class StaticCache:
         self.layouts = page_layouts(geometry.model, self.config)
         sizes = [size for size in object_counts(self.layouts, Demand(1, 1, 1)) if size]
         self.slabs = SlabGeometry.choose(sizes, pool_nbytes)
-        self._worst = cache(self._worst_demand)
-        self._chunk = cache(self._chunk_demand)
-        self._nbytes = cache(self._demand_nbytes)
+        sizes = [self.layouts[0].page_nbytes, 0, 0]
+        if len(self.layouts) > 1:
+            sizes[1:] = self.layouts[1].page_nbytes, self.layouts[1].codebook_nbytes
+        self._sizes = sizes
 
     @property
     def pool_nbytes(self) -> int:
@@ -106,30 +117,36 @@ class StaticCache:
 
     def demand(self, window: Window, frames: int | None = None) -> Demand:
         """Most of each kind of pool object that a stream of `frames` frames ever holds."""
-        return self._worst(window, frames)
+        return _worst_demand(stream_timeline(self.config, window), self.frames_per_chunk, frames)
 
     def occupied(self, window: Window, committed: int, frames: int) -> Demand:
         """What the engine uses of the pool while a chunk is open."""
-        return self._chunk(window, committed, frames)
+        return _chunk_demand(stream_timeline(self.config, window), committed, frames)
 
-    def _worst_demand(self, window: Window, frames: int | None) -> Demand:
-        return stream_timeline(self.config, window).worst_demand(self.frames_per_chunk, frames)
-
-    def _chunk_demand(self, window: Window, committed: int, frames: int) -> Demand:
-        return stream_timeline(self.config, window).demand(committed, frames)
+    def by_format(self, demand: Demand) -> list[int]:
+        """Pool bytes of unquantised pages, quantised pages and codebooks."""
+        dense, quantised, codebooks = self._sizes
+        return [demand.dense_pages * dense, demand.quantised_pages * quantised, demand.codebooks * codebooks]
 
     def demand_nbytes(self, demand: Demand) -> int:
         """Pool bytes of `demand`."""
-        return self._nbytes(demand)
-
-    def _demand_nbytes(self, demand: Demand) -> int:
-        return sum(size * count for size, count in object_counts(self.layouts, demand).items())
+        return sum(self.by_format(demand))
 
     def can_host(self, demands: Sequence[Demand], nbytes: int | None = None) -> bool:
         """Whether these demands fit together in the pool, or in `nbytes` of it."""
-        counts = object_counts(self.layouts, sum(demands, Demand()))
-        usable = self.slabs.num_slabs if nbytes is None else nbytes // self.slabs.slab_nbytes
-        return self.slabs.slabs_for(counts) <= usable
+        dense = sum([demand.dense_pages for demand in demands])
+        quantised = sum([demand.quantised_pages for demand in demands])
+        codebooks = sum([demand.codebooks for demand in demands])
+        slab, usable = (
+            self.slabs.slab_nbytes,
+            self.slabs.num_slabs if nbytes is None else nbytes // self.slabs.slab_nbytes,
+        )
+        needed = sum(
+            -(-count // (slab // size))
+            for size, count in zip(self._sizes, (dense, quantised, codebooks), strict=True)
+            if count
+        )
+        return needed <= usable
 
 
 class SimulatedCache(StaticCache):
@@ -154,7 +171,7 @@ class SimulatedCache(StaticCache):
 
     def chunk_demand(self, window: Window, committed: int, frames: int) -> Demand:
         """Pool objects while a chunk of `frames` frames is open after `committed` frames."""
-        return self._chunk(window, committed, frames)
+        return self.occupied(window, committed, frames)
 
     def park_seconds(self, nbytes: int) -> float:
         """Time to move that many bytes to the host."""

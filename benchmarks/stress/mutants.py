@@ -42,7 +42,7 @@ MUTANTS = (
     Mutant("admission", "held + entry.need_nbytes > ceiling", "held > ceiling", "quota forgets the newcomer"),
     Mutant("admission", "self.demand += entry.need", "pass", "what is admitted is not added to the books"),
     Mutant("admission", "stalls=entry.stalls + 1", "stalls=0", "parks are not counted"),
-    Mutant("admission", "len(state.running) >= slots", "len(state.running) > slots", "one stream too many"),
+    Mutant("admission", "len(self.state.running) >= slots", "len(self.state.running) > slots", "one stream too many"),
     Mutant("state", "del self.running[entry.id]", "pass",
            "a parked stream goes on running"),
     Mutant("admission", "_make_way(books, advice, ready)", "False", "floors and policies cannot make way"),
@@ -73,16 +73,16 @@ MUTANTS = (
 """Twenty-five bugs."""
 
 GOAL = (
-    Scenario(policy="fair share", streams=80, tenants=4, load=4.0, arrivals="herd", pool_streams=6.0,
+    Scenario(policy="fair-share", streams=80, tenants=4, load=4.0, arrivals="herd", pool_streams=6.0,
              config=SchedulerConfig(max_running=4)),
     Scenario(policy="priority", streams=40, pool_streams=2.5, load=3.0, frames=(6, 60),
              faults={"chunk fails": 0.3, "out of memory": 0.2, "quota changes": 0.1, "pool shrinks": 0.1},
              config=SchedulerConfig(max_running=6, min_chunks=2)),
-    Scenario(policy="evicts the leader", streams=40, pool_streams=2.5, load=3.0,
+    Scenario(policy="evicts-the-leader", streams=40, pool_streams=2.5, load=3.0,
              faults={"chunk fails": 0.6, "out of memory": 0.5, "pool shrinks": 0.3},
              config=SchedulerConfig(policy_strikes=1000)),
     Scenario(policy="priority", streams=40, pool_streams=4.0, load=3.0, floor=0.5, tenants=2),
-    Scenario(policy="evicts the leader", streams=60, pool_streams=5.0, load=1.0, frames=(12, 60), tenants=2,
+    Scenario(policy="evicts-the-leader", streams=60, pool_streams=5.0, load=1.0, frames=(12, 60), tenants=2,
              faults={"chunk fails": 0.9, "out of memory": 0.8, "pool shrinks": 0.6},
              config=SchedulerConfig(policy_strikes=1000, max_parks=1, hold_steps=0, headroom=0.0)),
     Scenario(policy="fcfs", streams=60, tenants=2, pool_streams=8.0, load=1.5,

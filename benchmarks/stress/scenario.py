@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from random import Random
 
 from qvg_paged.scheduler import SchedulerConfig, TenantSpec
-from stress.arrivals import ARRIVALS
+from stress.arrivals import ARRIVALS, Arrival
 from stress.faults import FAULTS, HOSTILE
 from stress.models import MODELS, Costs
 
-__all__ = ["POLICIES", "Scenario", "draw_scenario"]
+__all__ = ["POLICIES", "Scenario", "draw_scenario", "tenant_specs"]
 
-POLICIES = ("fcfs", "priority", "fair share", "earliest deadline")
+POLICIES = ("fcfs", "priority", "fair-share", "earliest-deadline")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +19,13 @@ class Scenario:
 
     Attributes:
         model: name in `MODELS`.
-        policy: one of `POLICIES` or of `HOSTILE`.
+        policy: one of `POLICIES` or of `HOSTILE`, an installed one, or ``module:Class``.
         streams, tenants: how many.
         arrivals: name in `ARRIVALS`; `load` scales their rate to what the pool can serve, roughly.
-        trace: time, tenant and frames of each stream instead.
+        trace: arrivals that are followed instead.
         frames: shortest and longest stream.
+        whole_chunks: whether streams end with a whole chunk.
+        varied: whether streams differ in priority and number of branches.
         pool_streams: size of the pool, in longest streams at their worst.
         host_streams: the same for the host.
         can_park: whether the cache can.
@@ -32,6 +34,7 @@ class Scenario:
         floor: share of the pool that the first tenant gets back on demand.
         fps: play-out rate of streams in latent frames per second, or None.
         faults: chance of each fault per step.
+        least_events, most_steps: streams keep coming until so much has happened; a run ends after so many steps.
         config: of the scheduler.
         costs: of the engine.
     """
@@ -42,8 +45,10 @@ class Scenario:
     tenants: int = 4
     arrivals: str = "poisson"
     load: float = 1.0
-    trace: tuple[tuple[float, str, int], ...] = ()
+    trace: tuple[Arrival, ...] = ()
     frames: tuple[int, int] = (6, 60)
+    whole_chunks: bool = False
+    varied: bool = True
     pool_streams: float = 4.0
     host_streams: float = 1000.0
     can_park: bool = True
@@ -52,11 +57,38 @@ class Scenario:
     floor: float = 0.0
     fps: float | None = None
     faults: dict[str, float] = field(default_factory=dict)
+    least_events: int = 0
+    most_steps: int = 20_000
     config: SchedulerConfig = field(default_factory=SchedulerConfig)
     costs: Costs = field(default_factory=Costs)
 
+    @property
+    def slots(self) -> float:
+        """Streams that run together if all is as intended."""
+        most = self.config.max_running
+        return max(1.0, self.pool_streams if most is None else min(most, self.pool_streams))
 
-def draw_scenario(seed: int) -> Scenario:
+    @property
+    def rate(self) -> float:
+        """Streams per second that arrive."""
+        chunks = sum(self.frames) / 2 / MODELS[self.model].model.frames_per_chunk
+        return self.load * self.slots / (chunks * self.costs.batch(max(1, round(self.slots))))
+
+
+def tenant_specs(scenario: Scenario, pool_nbytes: int) -> dict[str, TenantSpec]:
+    """Rights of the tenants of a scenario."""
+    return {
+        f"t{index}": TenantSpec(
+            weight=scenario.weights[index % len(scenario.weights)],
+            ceiling_nbytes=None if scenario.ceiling is None else int(scenario.ceiling * pool_nbytes),
+            floor_nbytes=int(scenario.floor * pool_nbytes) if index == 0 else 0,
+            max_queued=scenario.config.default_tenant.max_queued,
+        )
+        for index in range(scenario.tenants)
+    }
+
+
+def draw_scenario(seed: int, least_events: int = 0) -> Scenario:
     """The scenario of a seed: every knob and every fault rate is drawn."""
     rng = Random(f"scenario {seed}")
     hostile = rng.random() < 0.25
@@ -78,6 +110,7 @@ def draw_scenario(seed: int) -> Scenario:
         floor=rng.choice([0.0, 0.0, 0.4]),
         fps=rng.choice([None, 1.0, 4.0]),
         faults=faults,
+        least_events=least_events,
         config=SchedulerConfig(
             no_preemption=rng.random() < 0.2,
             max_running=rng.choice([None, None, 2, 6]),

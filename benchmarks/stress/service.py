@@ -1,0 +1,66 @@
+"""What each tenant has had, by the log's own figures, and how far two of them drifted apart while both were in line."""
+
+from stress.ledger import Ledger
+
+__all__ = ["Service"]
+
+FOLLOWED_TENANTS = 8
+GIB = 1 << 30
+
+
+class Service:
+    """Follows the cost units of the tenants of a ledger.
+
+    Attributes:
+        largest_gap: largest change of the difference in weighted service of two tenants that were in line all the time.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._dearest = 0.0
+        self._slots = 0
+        self._gaps: dict[tuple[str, str], tuple[float, float]] = {}
+        self.largest_gap = 0.0
+
+    def forget(self) -> None:
+        """Weights have changed: gaps count from here."""
+        self._gaps = {}
+
+    def charge(self, seconds: float) -> None:
+        """What the plan before cost its tenants."""
+        ledger = self._ledger
+        config = ledger.open["config"]
+        for tenant, name, nbytes, branches in ledger.held:
+            cost = config["chunk_cost"] * branches + config["gib_second_cost"] * seconds * nbytes / GIB
+            stream = ledger.streams[name]
+            stream.spent += cost
+            ledger.tenants[tenant].service += cost
+            self._dearest = max(self._dearest, cost if ledger.parks else stream.spent)
+        self._slots = max(self._slots, len(ledger.held))
+
+    def follow(self) -> None:
+        """The gaps after a plan."""
+        tenants = self._ledger.tenants
+        backlogged = {s.tenant for s in self._ledger.live.values() if s.state != "running"}
+        names = sorted(backlogged & tenants.keys())[:FOLLOWED_TENANTS]
+        shares = [(name, tenants[name].service / tenants[name].weight) for name in names]
+        gaps: dict[tuple[str, str], tuple[float, float]] = {}
+        for place, (one, first) in enumerate(shares):
+            for two, second in shares[place + 1 :]:
+                gap = first - second
+                least, most = self._gaps.get((one, two), (gap, gap))
+                least, most = gaps[one, two] = (min(least, gap), max(most, gap))
+                self.largest_gap = max(self.largest_gap, most - least)
+        self._gaps = gaps
+
+    @property
+    def unit(self) -> float:
+        """U: the dearest unit that is not interrupted, by weight, times the streams that run together.
+
+        A unit is a chunk where streams can be parked, and a policy may let tenants get ahead by some chunks before it
+        parks; elsewhere it is a whole stream.
+        """
+        ledger = self._ledger
+        least = min((tenant.weight for tenant in ledger.tenants.values()), default=1.0)
+        ahead = ledger.open["policy_settings"].get("quantum", 0.0) if ledger.parks else 0.0
+        return float(self._dearest / least * (self._slots + ahead))
