@@ -1,4 +1,4 @@
-"""The command line: ``qvg-paged demo``, ``eval`` and ``info``.
+"""The command line: ``qvg-paged demo``, ``eval``, ``info`` and ``top``.
 
 `demo` and `eval` run code of a checkout's ``benchmarks`` folder, which is not installed; this is the only module that
 imports upward.
@@ -7,12 +7,14 @@ imports upward.
 import importlib
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.live import Live
 from rich.markup import escape
 
 from qvg_paged.config import ModelSpec
@@ -186,3 +188,37 @@ def info(
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+@app.command()
+def top(
+    url: Annotated[str, typer.Argument(help="Endpoint of `serve_metrics`.")] = "http://127.0.0.1:9400/metrics",
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once; no rates.")] = False,
+    count: Annotated[int | None, typer.Option("-n", "--count", min=1, help="Look so many times (default: on).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object per look and line, for machines.")] = False,
+) -> None:
+    """Pool, streams, tenants and rates of a running process, from its metrics; leave it with Ctrl-C."""
+    with _errors():
+        try:
+            view = importlib.import_module("qvg_paged.top")
+        except ModuleNotFoundError:
+            raise ConfigError("prometheus_client: expected to be installed; pip install 'qvg-paged[metrics]'") from None
+        console = make_console()
+        before, now = None, view.fetch(url)
+        left = 1 if once else count
+        with Live(console=console, auto_refresh=False, screen=console.is_terminal and left != 1) as live:
+            while True:
+                summary = {"url": url, **view.summarise(now, before)}
+                if as_json:
+                    typer.echo(json.dumps(summary))
+                else:
+                    live.update(view.render(summary), refresh=True)
+                left = None if left is None else left - 1
+                if left == 0:
+                    return
+                try:
+                    time.sleep(interval)
+                    before, now = now, view.fetch(url)
+                except KeyboardInterrupt:
+                    return
