@@ -145,9 +145,15 @@ def _counters(tally: Tally) -> Iterator[Metric]:
         moved.add_metric([kind.value], tally.nbytes[kind])
     yield events
     yield moved
-    yield CounterMetricFamily("kvp_committed_frames", "Frames committed.", value=tally.frames[EventKind.COMMIT])
+    frames = tally.frames
+    yield CounterMetricFamily("kvp_committed_frames", "Frames committed.", value=frames[EventKind.COMMIT])
+    yield CounterMetricFamily("kvp_demoted_frames", "Frames stored more cheaply.", value=frames[EventKind.DEMOTE])
+    transfer = CounterMetricFamily("kvp_transfer_bytes", "Bytes that streams took out and back.", labels=["dir"])
+    transfer.add_metric(["out"], tally.nbytes[EventKind.PARK])
+    transfer.add_metric(["in"], tally.nbytes[EventKind.RESUME])
+    yield transfer
     for name, text, label, value, count in (
-        ("kvp_evictions", "Frames that left their streams.", "reason", "window", tally.frames[EventKind.EVICT]),
+        ("kvp_evictions", "Frames that left their streams.", "reason", "window", frames[EventKind.EVICT]),
         (
             "kvp_alloc_failures",
             "Chunks that did not fit.",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prometheus_client import Counter, Gauge, Histogram
-from prometheus_client.core import Metric
+from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from qvg_paged.metrics import TenantLabels, gauge
@@ -216,11 +216,12 @@ class SchedulerMetrics(Collector):
         self._off.set(self._scheduler.policy_disabled)
         for metric in vars(self).values():
             if isinstance(metric, (Counter, Histogram, Gauge)):
-                yield from metric.collect()
+                yield from map(_without_created, metric.collect())
         streams = (*view.waiting, *view.running)
         states = dict.fromkeys(("queued", "running", "parked"), 0.0) | Counts(s.state.value for s in streams)
         yield gauge("kvp_streams", "Streams that are not final.", "state", states)
-        owners = self._label.total((stream.tenant, 1) for stream in streams)
+        known = [(name, 0) for name in view.tenants]
+        owners = self._label.total([*known, *((stream.tenant, 1) for stream in streams)])
         yield gauge("kvp_tenant_streams", "Streams of a tenant that are not final.", "tenant", owners)
         reasons = {reason.value: 0.0 for reason in WAITING} | Counts(d.reason.value for d in self._plan.waiting)
         yield gauge("kvp_waiting_streams", "Streams in line, by what they wait for.", "reason", reasons)
@@ -237,4 +238,10 @@ class SchedulerMetrics(Collector):
         text = "Largest gap of service by weight over a minute, in dearest chunks times running streams."
         yield gauge("kvp_service_gap_ratio", text, values=gap)
         text = "Exceptions of observers of the scheduler."
-        yield gauge("kvp_observer_faults", text, values=self._scheduler.observer_faults)
+        yield CounterMetricFamily("kvp_observer_faults", text, value=self._scheduler.observer_faults)
+
+
+def _without_created(metric: Metric) -> Metric:
+    """Without the time at which each series began, which nobody asks for and which doubles their number."""
+    metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+    return metric

@@ -249,7 +249,7 @@ def test_faults_of_a_policy_are_counted_and_an_observer_cannot_disturb(
     series = scrape(metrics)
     assert under(series, "kvp_policy_faults_total") == {"kind=rank,policy=Broken": 2, "kind=park,policy=Broken": 0}
     assert series["kvp_policy_disabled"] == 1
-    assert series["kvp_observer_faults"] == scheduler.observer_faults == 11
+    assert series["kvp_observer_faults_total"] == scheduler.observer_faults == 11
     assert len([record for record in caplog.records if record.name == "qvg_paged.scheduler"]) == 1
 
 
