@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 TYPED := $(abspath $(VENV))/typed
 
-.PHONY: demo test unit gpu-test eval bench lint types tables install clean
+.PHONY: demo test unit gpu-test eval bench bench-tests lint types tables install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,7 +16,7 @@ help:
 	@echo 'make test      lint, types and tests, as continuous integration runs them'
 	@echo 'make unit      tests only            make gpu-test  tests that need a CUDA device'
 	@echo 'make eval      quality of every format in closed loop (meant for a GPU)'
-	@echo 'make bench     benchmarks of the test suite'
+	@echo 'make bench     speed beside what it competes with     make bench-tests  benchmarks of the test suite'
 	@echo 'make lint      ruff                  make types     mypy, strict'
 	@echo 'make tables    fill README tables from benchmarks/results'
 
@@ -46,6 +46,9 @@ gpu-test: $(READY)
 	$(BIN)/pytest -m gpu $(ARGS)
 
 bench: $(READY)
+	$(BIN)/qvg-paged bench $(ARGS)
+
+bench-tests: $(READY)
 	$(BIN)/pytest -m 'not gpu' --benchmark-only $(ARGS)
 
 lint: $(READY)

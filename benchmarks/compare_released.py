@@ -10,7 +10,6 @@ counted, any other is listed. Exit status 0: no other difference, and ties in at
 """
 
 import argparse
-import importlib
 import json
 import sys
 import time
@@ -23,7 +22,9 @@ import results_file
 import torch
 import triton
 import triton.language as tl
+from bench.released import load_modules
 
+from qvg_paged import ArgumentError
 from qvg_paged.kernels._blocks import unpack_codes
 from qvg_paged.kernels.backend import Backend
 from qvg_paged.kernels.codec import EncodedSpan, decode_span, encode_span
@@ -57,30 +58,11 @@ class Comparison:
 
 
 def load_official(path: Path) -> types.SimpleNamespace:
-    """The three kernel modules, without the package's own imports (models, logging)."""
-    root = path / "quant_videogen"
-    if not (root / "real" / "quant_pack.py").exists():
-        raise SystemExit(f"--official: expected a clone of Quant VideoGen, found no {root}/real/quant_pack.py")
-    for name, folder in (("quant_videogen", root), ("quant_videogen.real", root / "real")):
-        package = types.ModuleType(name)
-        package.__path__ = [str(folder)]
-        sys.modules[name] = package
-    for name in ("loguru", "termcolor"):
-        stand_in = types.ModuleType(name)
-        stand_in.logger, stand_in.colored = types.SimpleNamespace(), str  # type: ignore[attr-defined]
-        sys.modules.setdefault(name, stand_in)
-    original = triton.autotune
-
-    def first_configuration(configs: list[Any], key: list[str], **kwargs: Any) -> Any:
-        del key, kwargs  # the released keys name arguments the kernels do not have, which newer Triton rejects
-        return original(configs[:1], key=[])
-
-    triton.autotune = first_configuration
+    """The three kernel modules, one configuration of each kernel."""
     try:
-        names = ("quant_pack", "smooth", "accumulate")
-        return types.SimpleNamespace(**{n: importlib.import_module(f"quant_videogen.real.{n}") for n in names})
-    finally:
-        triton.autotune = original
+        return load_modules(path, ("real.quant_pack", "real.smooth", "real.accumulate"), configurations=1)
+    except ArgumentError as error:
+        raise SystemExit(str(error)) from None
 
 
 def edge_tokens(bits: int, block: int, count: int) -> torch.Tensor:

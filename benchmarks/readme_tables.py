@@ -97,9 +97,51 @@ def _same_bytes(content: Result) -> str:
     return _grid(columns, rows)
 
 
+def _bench(content: Result) -> str:
+    results = content["results"]
+    ceilings = results["ceilings"]
+    products = ", ".join(
+        f"{name.upper()} product {rate / 1e12:.0f} TFLOP/s" for name, rate in ceilings["products"].items()
+    )
+    about = f"Ceilings of the same run: copy {ceilings['copy'] / 1e12:.2f} TB/s, {products}."
+    rows = [_speed(row) for row in results["rows"] if row["part"] != "manager"]
+    columns = ["row", "baseline, ms", "ours, ms", "10 % to 90 %", "path", "times faster", "TFLOP/s", "of roofline"]
+    parts = [about, _grid(columns, [row for row in rows if row])]
+    if results["bounds"]:
+        parts.insert(1, _bounds(results["bounds"]))
+    return "\n\n".join(parts)
+
+
+def _bounds(bounds: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for bound in bounds:
+        sign = ">=" if bound["at_least"] else "<="
+        value = "not measured" if bound["value"] is None else f"{bound['value']:.2f}"
+        stretch = "" if bound["stretch"] is None else f"{bound['stretch']:g}"
+        verdict = "held" if bound["held"] else "" if bound["value"] is None else "**missed**"
+        rows.append([bound["bound"], f"{sign} {bound['required']:.2f} {bound['unit']}", value, stretch, verdict])
+    return _grid(["bound", "required", "measured", "stretch", ""], rows)
+
+
+def _speed(row: Mapping[str, Any]) -> list[str]:
+    """Our fastest system of a row beside the row's baseline; empty if there is none."""
+    timed = {name: found for name, found in row["systems"].items() if found["timing"]}
+    ours = {name: found for name, found in timed.items() if found["ours"]}
+    if not ours:
+        return []
+    name, best = min(ours.items(), key=lambda item: item[1]["timing"]["median_ms"])
+    timing, base = best["timing"], timed.get(row["baseline"])
+    against = [f"{row['baseline']}, {base['timing']['median_ms']:.3f}" if base else ""]
+    faster = f"{base['timing']['median_ms'] / timing['median_ms']:.2f}" if base else ""
+    rates = [f"{best['tflops']:.0f}" if best.get("flops") else "", f"{best['roofline_share']:.0%}"]
+    spread = f"{timing['p10_ms']:.3f} to {timing['p90_ms']:.3f}"
+    return [f"{row['part']}: {row['name']}", *against, f"{timing['median_ms']:.3f}", spread, name, faster, *rates]
+
+
 TABLES: dict[str, tuple[str, str, Callable[[Result], str]]] = {
     "demo": ("demo.json", "make demo", _demo),
     "eval": ("eval.json", "qvg-paged eval", _eval),
+    "bench": ("bench.json", "qvg-paged bench", _bench),
     "same-bytes": ("eval.json", "qvg-paged eval", _same_bytes),
 }
 """Result file, command and layout of each table."""

@@ -25,6 +25,7 @@ from qvg_paged.manager import KVCacheManager
 from qvg_paged.stats import CacheStats, StreamStats
 from qvg_paged.stream import Stream
 from qvg_paged.timeline import Demand, Timeline
+from qvg_paged.warmup import warm_up
 
 __version__ = "0.1.0"
 
@@ -75,4 +76,5 @@ __all__ = [
     "estimate",
     "inject_fault",
     "parse_bytes",
+    "warm_up",
 ]

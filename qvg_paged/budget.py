@@ -17,7 +17,7 @@ from qvg_paged.kernels.rope import RoPELayout
 from qvg_paged.pool import SlabGeometry
 from qvg_paged.timeline import Demand, Timeline
 
-__all__ = ["Budget", "Estimate", "demotion_reserve", "estimate", "page_layouts"]
+__all__ = ["Budget", "Estimate", "demotion_reserve", "estimate", "least_staging", "page_layouts"]
 
 STAGING_SHARE = 16
 MAX_DEFAULT_STAGING = 256 << 20
@@ -76,6 +76,12 @@ def demotion_reserve(model: ModelSpec, config: CacheConfig) -> Demand:
     return Demand(quantised_pages=cell, codebooks=1, demoted_pages=cell * further)
 
 
+def least_staging(model: ModelSpec, layouts: tuple[PageLayout, ...]) -> int:
+    """Bytes of staging with which any chunk can be attended to."""
+    queries = model.frames_per_chunk * model.tokens_per_frame
+    return attention_workspace_nbytes(layouts, model.query_heads, queries, torch.float32)
+
+
 @dataclass(frozen=True)
 class Budget:
     """Bytes of a manager, adding up to at most ``CacheConfig.memory``.
@@ -110,9 +116,7 @@ class Budget:
         """
         memory = cast(int, config.memory)
         layouts = page_layouts(model, config)
-        least = attention_workspace_nbytes(
-            layouts, model.query_heads, model.frames_per_chunk * model.tokens_per_frame, torch.float32
-        )
+        least = least_staging(model, layouts)
         staging = cast("int | None", config.staging)
         if staging is not None and staging < least:
             raise ConfigError(f"staging: expected at least {least} bytes (one page of K and V, decoded), got {staging}")

@@ -1,7 +1,7 @@
-"""The command line: ``qvg-paged demo``, ``eval``, ``info`` and ``top``.
+"""The command line: ``qvg-paged demo``, ``eval``, ``bench``, ``info`` and ``top``.
 
-`demo` and `eval` run code of a checkout's ``benchmarks`` folder, which is not installed; this is the only module that
-imports upward.
+`demo`, `eval` and `bench` run code of a checkout's ``benchmarks`` folder, which is not installed; this is the only
+module that imports upward.
 """
 
 import importlib
@@ -10,15 +10,25 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.live import Live
 from rich.markup import escape
 
 from qvg_paged.config import ModelSpec
-from qvg_paged.console import StreamProgress, make_console, print_demo, print_evaluation, table
+from qvg_paged.console import (
+    StreamProgress,
+    make_console,
+    print_bench,
+    print_bench_row,
+    print_demo,
+    print_evaluation,
+    table,
+)
 from qvg_paged.errors import ConfigError, QvgPagedError
 from qvg_paged.kernels.formats import FORMATS
 from qvg_paged.machine import describe_formats, describe_machine, describe_paths
@@ -155,6 +165,59 @@ def evaluate(
         _benchmark("eval_plot").plot(content["results"], out / "plot.png")
     print_evaluation(console, content["results"])
     console.print(f"plot: {out / 'plot.png'}", soft_wrap=True)
+
+
+@app.command()
+def bench(
+    what: Annotated[list[str] | None, typer.Argument(help="attention, encode, decode, manager (default: all).")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Measure paths instead, for `auto` to choose by.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Rows whose name contains this; repeatable.")] = None,
+    official: Annotated[Path | None, typer.Option(help="Clone of the released Quant VideoGen code.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few rows, short timings.")] = False,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Start no row after so long.")] = None,
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Names the random inputs.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for result.json and plot.png.")] = Path("runs/bench"),
+    json_file: Json = None,
+) -> None:
+    """Speed beside what it competes with, correctness first; bounds are for an H200, a CPU gets small shapes.
+
+    Exit status 0 only if every row that was started has right results from the library. `--tune` writes the table to
+    the user's cache folder (and to --json) instead.
+    """
+    console = make_console()
+    with _errors():
+        module, files = _benchmark("bench.run"), _benchmark("results_file")
+        options = module.BenchOptions(
+            parts=tuple(what or module.PARTS), device=_device(device), official=official, only=tuple(only or ()),
+            quick=quick, seconds=seconds, seed=seed,
+        )  # fmt: skip
+        if tune:
+            _benchmark("bench.tune").write(
+                options, lambda line: console.print(line, markup=False, soft_wrap=True), json_file
+            )
+            return
+        results = module.run(options, lambda row: print_bench_row(console, row))
+        content = files.result(device=options.device, config=options, results=results, warnings=results["warnings"])
+        for path in (out / "result.json", *([json_file] if json_file else [])):
+            files.write(path, content)
+        _benchmark("bench.plot").plot(content["results"], out / "plot.png")
+    print_bench(console, content["results"])
+    console.print(f"plot: {out / 'plot.png'}", soft_wrap=True)
+    if not results["right"]:
+        raise typer.Exit(1)
+
+
+def _device(name: str | None) -> str:
+    """The device asked for, or the best there is.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen != "cpu" and not (chosen.split(":")[0] == "cuda" and torch.cuda.is_available()):
+        raise ConfigError(f"device: expected cpu, or cuda on a machine that has it, got {name!r}")
+    return chosen
 
 
 @app.command()

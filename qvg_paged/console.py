@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-__all__ = ["StreamProgress", "make_console", "print_demo", "print_evaluation", "table"]
+__all__ = [
+    "StreamProgress", "make_console", "print_bench", "print_bench_row", "print_demo", "print_evaluation", "table",
+]  # fmt: skip
 
 PLAIN_WIDTH = 140
 PLAIN_LINES = 4
@@ -145,3 +147,54 @@ def _evaluation_row(row: Mapping[str, Any]) -> list[str]:
     bits = "-" if row["bits"] is None else f"{row['bits']:.3f}"
     first = [f"{dense[key]:.2f}" for key in ("first", "mean")]
     return [row["name"], bits, *first, f"{dense['ssim']:.4f}", f"{truth['mean']:.2f}", f"{truth['last']:.2f}"]
+
+
+def print_bench_row(console: Console, row: Mapping[str, Any]) -> None:
+    """A finished row of the benchmark: every system beside the others."""
+    base = row["systems"].get(row["baseline"], {}).get("timing")
+    lines = [[name, *_system_cells(found, base)] for name, found in row["systems"].items()]
+    title = f"{row['part']}: {row['name']}"
+    console.print(table(title, ["system", "ms", "10 % to 90 %", "faster", "TFLOP/s", "GB/s", "of roofline"], lines))
+    for name, found in {"": row, **row["systems"]}.items():
+        if found["error"]:
+            console.print(f"  {name}{': ' if name else ''}{found['error']}", markup=False, soft_wrap=True)
+
+
+def _system_cells(found: Mapping[str, Any], base: Mapping[str, Any] | None) -> list[str]:
+    timing = found["timing"]
+    if not timing:
+        return ["-"] * 6
+    milliseconds = timing["median_ms"]
+    faster = f"{base['median_ms'] / milliseconds:.2f}" if base else "-"
+    rates = ["-", "-", "-"]
+    if "least_ms" in found:
+        flops = f"{found['tflops']:.3g}" if found["flops"] else "-"
+        rates = [flops, f"{found['gbytes_per_s']:.4g}", f"{found['roofline_share']:.0%}"]
+    return [f"{milliseconds:.4f}", f"{timing['p10_ms']:.4f} to {timing['p90_ms']:.4f}", faster, *rates]
+
+
+def print_bench(console: Console, results: Mapping[str, Any]) -> None:
+    """Ceilings and bounds of a benchmark."""
+    ceilings = results["ceilings"]
+    products = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in ceilings["products"].items())
+    console.print(f"ceilings: copy {ceilings['copy'] / 1e9:.0f} GB/s, products {products}", soft_wrap=True)
+    rows = [
+        [bound["bound"], _bound_text(bound), "-" if bound["value"] is None else f"{bound['value']:.2f}",
+         "-" if bound["stretch"] is None else f"{bound['stretch']:g}", _verdict(bound)]
+        for bound in results["bounds"]
+    ]  # fmt: skip
+    if rows:
+        console.print(table("Bounds", ["bound", "required", "measured", "stretch", ""], rows))
+    for name in results["not_started"]:
+        console.print(f"not started: {name}", markup=False, soft_wrap=True)
+
+
+def _bound_text(bound: Mapping[str, Any]) -> str:
+    sign = ">=" if bound["at_least"] else "<="
+    return f"{sign} {bound['required']:.2f} {bound['unit']}"
+
+
+def _verdict(bound: Mapping[str, Any]) -> str:
+    if bound["value"] is None:
+        return "not measured"
+    return "[green]held[/]" if bound["held"] else "[bold red]missed[/]"

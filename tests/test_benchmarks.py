@@ -1,4 +1,4 @@
-"""What a chunk costs, for `make bench`; `make test` runs each once, untimed.
+"""What a chunk costs, for `make bench-tests`; `make test` runs each once, untimed.
 
 Geometry of the shipped world model: 12 layers, 3 heads of 128 channels, 64 tokens a frame, 8 frames a span.
 """

@@ -23,7 +23,7 @@ def out(result: Any) -> str:
 def test_help_names_the_commands() -> None:
     result = runner.invoke(cli.app, ["--help"])
     assert result.exit_code == 0
-    assert all(name in result.output for name in ("demo", "eval", "info"))
+    assert all(name in result.output for name in ("demo", "eval", "bench", "info"))
 
 
 def test_help_of_the_demo_states_what_it_promises() -> None:
