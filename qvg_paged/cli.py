@@ -193,9 +193,8 @@ def bench(
             quick=quick, seconds=seconds, seed=seed,
         )  # fmt: skip
         if tune:
-            _benchmark("bench.tune").write(
-                options, lambda line: console.print(line, markup=False, soft_wrap=True), json_file
-            )
+            tell = partial(console.print, markup=False, soft_wrap=True)
+            _benchmark("bench.tune").write(options, tell, json_file)
             return
         results = module.run(options, lambda row: print_bench_row(console, row))
         content = files.result(device=options.device, config=options, results=results, warnings=results["warnings"])
