@@ -35,7 +35,7 @@ class SchedulerConfig:
         default_tenant: rights of tenants that were not configured.
         max_tenants: most tenants known at a time.
         chunk_cost: cost units of a chunk, per branch.
-        gib_second_cost: cost units of holding 1 GiB of the pool for a second.
+        pool_second_cost: cost units of holding the whole pool for a second, and in proportion of less.
         longest_charge: most seconds between two steps that are charged.
         policy_seconds: what a foreign policy may take per step, in a worker; None runs it in place and trusts it.
         policy_strikes: faults after which a policy is switched off.
@@ -51,7 +51,7 @@ class SchedulerConfig:
     default_tenant: TenantSpec = field(default_factory=TenantSpec)
     max_tenants: int = 1024
     chunk_cost: float = 1.0
-    gib_second_cost: float = 1.0
+    pool_second_cost: float = 1.0
     longest_charge: float = 60.0
     policy_seconds: float | None = 0.005
     policy_strikes: int = 5
@@ -67,7 +67,7 @@ class SchedulerConfig:
                 raise ArgumentError(f"{name}: expected an integer >= {bound}, got {value!r}")
         if not 0 <= self.headroom < 1:
             raise ArgumentError(f"headroom: expected a share from 0 to below 1, got {self.headroom!r}")
-        for name in ("chunk_cost", "gib_second_cost", "longest_charge"):
+        for name in ("chunk_cost", "pool_second_cost", "longest_charge"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ArgumentError(f"{name}: expected a finite number >= 0, got {value!r}")

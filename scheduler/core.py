@@ -20,8 +20,6 @@ from qvg_paged.scheduler.state import Entry, Rules, State
 
 __all__ = ["decide"]
 
-GIB = 1 << 30
-
 
 def decide(
     rules: Rules, state: State, events: Sequence[Input], now: float, rng: Random, advice: Advice
@@ -78,7 +76,7 @@ def _charge(rules: Rules, state: State, seconds: float) -> None:
     """Tenants pay for the latest plan: for its chunks, and for holding memory until now."""
     config = rules.config
     for name, nbytes, chunks in state.charges:
-        cost = config.chunk_cost * chunks + config.gib_second_cost * seconds * nbytes / GIB
+        cost = config.chunk_cost * chunks + config.pool_second_cost * seconds * nbytes / rules.cache.pool_nbytes
         state.dearest_chunk = max(state.dearest_chunk, cost)
         tenant = state.tenants.get(name)
         if tenant is not None:

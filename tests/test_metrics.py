@@ -208,7 +208,7 @@ def test_metrics_attached_late_know_the_streams_that_are_there(dense: KVCacheMan
 
 def test_fairness_is_measured_over_a_minute_among_tenants_in_line(dense: KVCacheManager) -> None:
     """One slot; first come first served, and the first tenant's streams came first."""
-    scheduler = Scheduler(dense, config=SchedulerConfig(max_running=1, gib_second_cost=0.0))
+    scheduler = Scheduler(dense, config=SchedulerConfig(max_running=1, pool_second_cost=0.0))
     metrics = SchedulerMetrics(scheduler)
     assert scrape(metrics)["kvp_jain_ratio"] == 1.0
     for line, name in enumerate("aab"):

@@ -18,11 +18,12 @@ if str(BENCHMARKS) not in sys.path:
 
 from stress.arrivals import ARRIVALS, Arrival, arrival_times, read_trace  # noqa: E402
 from stress.checker import Checker, check_log  # noqa: E402
-from stress.metrics import jain, measure, percentile  # noqa: E402
+from stress.metrics import measure  # noqa: E402
 from stress.models import MODELS, SimulatedCache, StaticCache  # noqa: E402
 from stress.mutants import GOAL, MUTANTS, Mutant, find_mutant, planted  # noqa: E402
 from stress.scenario import Scenario, draw_scenario  # noqa: E402
 from stress.simulator import Run, simulate  # noqa: E402
+from stress.stats import jain, percentile  # noqa: E402
 
 from qvg_paged import ArgumentError  # noqa: E402
 from qvg_paged.scheduler import CacheBackend, ParkingBackend, SchedulerConfig  # noqa: E402
@@ -82,7 +83,7 @@ def test_a_cache_that_cannot_park_gets_reservations_to_completion() -> None:
 def test_fair_share_gives_weighted_tenants_their_shares_while_all_are_in_line() -> None:
     scenario = Scenario(
         policy="fair-share", streams=160, tenants=4, arrivals="herd", load=50.0, frames=(36, 36), pool_streams=5.0,
-        weights=(1.0, 2.0, 3.0, 4.0), config=SchedulerConfig(max_running=4, gib_second_cost=0.0),
+        weights=(1.0, 2.0, 3.0, 4.0), config=SchedulerConfig(max_running=4, pool_second_cost=0.0),
     )  # fmt: skip
     run = simulate(scenario, 2)
     checker = Checker()

@@ -5,7 +5,6 @@ from stress.ledger import Ledger
 __all__ = ["Service"]
 
 FOLLOWED_TENANTS = 8
-GIB = 1 << 30
 
 
 class Service:
@@ -29,9 +28,9 @@ class Service:
     def charge(self, seconds: float) -> None:
         """What the plan before cost its tenants."""
         ledger = self._ledger
-        config = ledger.open["config"]
+        config, pool = ledger.open["config"], ledger.open["pool_nbytes"]
         for tenant, name, nbytes, branches in ledger.held:
-            cost = config["chunk_cost"] * branches + config["gib_second_cost"] * seconds * nbytes / GIB
+            cost = config["chunk_cost"] * branches + config["pool_second_cost"] * seconds * nbytes / pool
             stream = ledger.streams[name]
             stream.spent += cost
             ledger.tenants[tenant].service += cost
