@@ -22,6 +22,7 @@ from qvg_paged.kernels.attention import AttentionPath
 from qvg_paged.kernels.formats import FORMATS, QVG, QVG_PRO, CentroidType, Codec, Grid, PageFormat, ScaleRule
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec
 from qvg_paged.manager import KVCacheManager
+from qvg_paged.park import Tier
 from qvg_paged.stats import CacheStats, StreamStats
 from qvg_paged.stream import Stream
 from qvg_paged.timeline import Demand, Timeline
@@ -71,6 +72,7 @@ __all__ = [
     "StorageError",
     "Stream",
     "StreamStats",
+    "Tier",
     "Timeline",
     "Window",
     "estimate",

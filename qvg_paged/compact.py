@@ -1,12 +1,15 @@
 """Compaction: when bytes are free but scattered over partly filled slabs, pages move together and slabs come free.
 
-Ids of pages are fixed while a chunk that may read them is open, so only pages and codebooks whose streams have no
-open chunk move. After a compaction without open chunks a size holds no more slabs than its objects fill.
+Ids of pages are fixed while a chunk that may read them is open or a copy into them is under way, so only pages and
+codebooks whose streams have no open chunk and are not being resumed move. After a compaction without open chunks a
+size holds no more slabs than its objects fill.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from qvg_paged.budget import object_counts
 from qvg_paged.errors import OutOfMemoryError
 from qvg_paged.events import fault_point
 from qvg_paged.fence import Fence
@@ -17,7 +20,7 @@ from qvg_paged.timeline import Demand
 if TYPE_CHECKING:
     from qvg_paged.manager import KVCacheManager
 
-__all__ = ["compact", "make_room", "movable"]
+__all__ = ["compact", "make_room", "make_room_for", "movable"]
 
 
 def make_room(manager: "KVCacheManager", demand: Demand) -> None:
@@ -26,12 +29,18 @@ def make_room(manager: "KVCacheManager", demand: Demand) -> None:
     Raises:
         OutOfMemoryError: they do not fit; no stream has changed.
     """
+    make_room_for(manager, object_counts(manager.layouts, demand))
+
+
+def make_room_for(manager: "KVCacheManager", counts: Mapping[int, int]) -> None:
+    """The same for objects by size."""
+    pool = manager.store.pool
     try:
-        manager.store.require(demand)
+        pool.require(counts)
     except OutOfMemoryError:
         if not compact(manager):
             raise
-        manager.store.require(demand)
+        pool.require(counts)
 
 
 def compact(manager: "KVCacheManager") -> int:
@@ -62,7 +71,7 @@ def movable(manager: "KVCacheManager") -> dict[int, Page | Codebook]:
             things: list[Page | Codebook] = [page, page.codebook] if page.codebook else [page]
             for thing in things:
                 found[thing.slot.id] = thing
-            if stream.chunk is not None:
+            if stream.chunk is not None or stream.parked is not None:
                 fixed.update(things)
     return {slot_id: thing for slot_id, thing in found.items() if thing not in fixed}
 
@@ -72,9 +81,10 @@ def _empty(manager: "KVCacheManager", slab: int, slots: list[Slot], owners: dict
     pool = manager.store.pool
     fault_point("pool.compact")
     targets = _targets(pool, slab, slots)
-    manager.encoder.order_after()
+    with manager.encoder.side_stream():
+        for old, new in zip(slots, targets, strict=True):
+            pool.bytes_of(new).copy_(pool.bytes_of(old))
     for old, new in zip(slots, targets, strict=True):
-        pool.bytes_of(new).copy_(pool.bytes_of(old))
         owner = owners.pop(old.id)
         owner.slot = new
         owners[new.id] = owner

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qvg_paged.compact import make_room
 from qvg_paged.config import QualityFloor, Rung
-from qvg_paged.errors import ArgumentError, QualityFloorError, StateError
+from qvg_paged.errors import ArgumentError, QualityFloorError
 from qvg_paged.events import CacheEvent, EventKind, fault_point
 from qvg_paged.kernels.layout import GRANULE
 from qvg_paged.kernels.requantise import requantise_part
@@ -83,7 +83,7 @@ def demote_streams(manager: "KVCacheManager", streams: "Sequence[Stream]", rung:
 def _check(manager: "KVCacheManager", stream: "Stream", rung: Rung) -> None:
     if stream.manager is not manager:
         raise ArgumentError(f"streams: expected streams of this manager, got {stream.id!r} of another")
-    _require_idle(stream)
+    stream.require_idle()
     lowest = lowest_rung(manager, stream.quality_floor)
     if rung > lowest:
         raise QualityFloorError(
@@ -95,12 +95,6 @@ def _check(manager: "KVCacheManager", stream: "Stream", rung: Rung) -> None:
 def _name(manager: "KVCacheManager") -> str:
     target = manager.config.demote_to
     return "None" if target is None else repr(getattr(target, "name", target))
-
-
-def _require_idle(stream: "Stream") -> None:
-    stream.require_open()
-    if stream.chunk is not None:
-        raise StateError(f"stream: {stream.id!r} has an open chunk; commit or abort it first")
 
 
 def _squeeze_tail(manager: "KVCacheManager", stream: "Stream", shared: dict[tuple[Page, ...], list[Page]]) -> int:
@@ -219,7 +213,7 @@ def _tell(
 
 def shrink_retrieval(manager: "KVCacheManager", stream: "Stream", frames: int) -> int:
     """See `Stream.shrink_retrieval`."""
-    _require_idle(stream)
+    stream.require_idle()
     window = stream.window
     if isinstance(frames, bool) or not isinstance(frames, int) or not 0 <= frames <= window.retrieval_frames:
         raise ArgumentError(

@@ -121,6 +121,19 @@ TIER_FAULT_POINTS = (
     "demote.reserve",
     "demote.layer",
     "demote.publish",
+    "host.allocate",
+    "park.copy",
+    "park.publish",
+    "disk.open",
+    "disk.write",
+    "disk.sync",
+    "disk.rename",
+    "disk.published",
+    "disk.read",
+    "resume.reserve",
+    "resume.copy",
+    "resume.verify",
+    "resume.publish",
 )
 """Fault points of the ladder."""
 

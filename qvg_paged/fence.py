@@ -29,3 +29,8 @@ class Fence:
         """Let the device's current stream wait for that work; the host does not wait."""
         if self._event is not None:
             torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def wait(self) -> None:
+        """Let the host wait for that work."""
+        if self._event is not None:
+            self._event.synchronize()

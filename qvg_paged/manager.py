@@ -6,6 +6,8 @@ is reused only behind everything launched before it was returned. One manager pe
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from threading import RLock
 from typing import cast
 
@@ -18,18 +20,22 @@ from qvg_paged.chunk import Chunk, ChunkState
 from qvg_paged.commit import commit_chunks
 from qvg_paged.config import CacheConfig, ModelSpec, QualityFloor, Rung, Window
 from qvg_paged.demote import demote_streams, shrink_retrieval
+from qvg_paged.disk import DiskTier
 from qvg_paged.encoder import SpanEncoder
-from qvg_paged.errors import ArgumentError
+from qvg_paged.errors import ArgumentError, StorageError
 from qvg_paged.events import CacheEvent, EventKind, Tally, fault_point
+from qvg_paged.host import HostArena
 from qvg_paged.kernels.attention import AttentionPath, paged_attention
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.page import DENSE_FORMAT, Page, PageStore
+from qvg_paged.park import Parked, Tier, discard, park_stream, prefetch_stream, resume_stream
 from qvg_paged.pool import SlabPool
 from qvg_paged.reader import page_digest, read_pages
 from qvg_paged.scratch import ScratchWriter
 from qvg_paged.stats import CacheStats, cache_stats, object_stats, stream_stats
 from qvg_paged.stream import Stream
 from qvg_paged.timeline import Demand
+from qvg_paged.transfer import Mover
 
 __all__ = ["KVCacheManager"]
 
@@ -62,6 +68,12 @@ class KVCacheManager:
         self._pool = SlabPool(self.budget.slabs, sizes, device, config.free_fill)
         self._staging = torch.empty(self.budget.staging, dtype=torch.uint8, device=device)
         self.store = PageStore(self._pool, self.layouts)
+        self.mover = Mover(self._pool.buffer, self._staging if device.type == "cuda" else None)
+        self.host = HostArena(cast(int, config.host_memory), pinned=device.type == "cuda")
+        self.disk: DiskTier | None = None
+        if config.disk_path is not None:
+            folder, room = cast(Path, config.disk_path), cast(int, config.disk_memory)
+            self.disk = DiskTier(folder, room, self.layouts, pinned=device.type == "cuda")
         self.encoder = SpanEncoder(self._pool.buffer, self.layouts)
         self.streams: dict[str, Stream] = {}
         self.floors: dict[str, QualityFloor] = {}
@@ -299,6 +311,38 @@ class KVCacheManager:
         with self._lock:
             return shrink_retrieval(self, stream, frames)
 
+    def park(self, stream: Stream, tier: Tier | None = None) -> Tier:
+        """See `Stream.park`."""
+        with self._lock, self._tally, torch.no_grad():
+            return park_stream(self, stream, tier)
+
+    def restore(self, stream_id: str, *, tenant: str = "default", floor: QualityFloor | None = None) -> Stream:
+        """A parked stream that an earlier process left on the disk; `Stream.resume` brings it back.
+
+        Raises:
+            ArgumentError: there is none, or the id is in use.
+            CorruptedError: its file is damaged.
+            StorageError: there is no disk, it failed, or the file is of another version or model.
+        """
+        with self._lock:
+            if self.disk is None:
+                raise StorageError("restore: expected disk_path and disk_memory in CacheConfig, got neither")
+            image, container = self.disk.find(stream_id, tenant)
+            stream = self._add(Stream(self, stream_id, tenant, image.timeline, floor))
+            stream.committed = image.committed
+            stream.parked = Parked(image, disk=container)
+            return stream
+
+    def prefetch_resume(self, stream: Stream) -> None:
+        """See `Stream.prefetch_resume`."""
+        with self._lock, self._tally, torch.no_grad():
+            prefetch_stream(self, stream)
+
+    def resume(self, stream: Stream) -> Tier:
+        """See `Stream.resume`."""
+        with self._lock, self._tally, torch.no_grad():
+            return resume_stream(self, stream)
+
     def close_stream(self, stream: Stream) -> None:
         """See `Stream.close`."""
         with self._lock:
@@ -308,6 +352,7 @@ class KVCacheManager:
                 self.abort(stream.chunk)
             stream.closed = True
             del self.streams[stream.id]
+            discard(self, stream)
             pages, stream.pages = list(stream.pages.values()), {}
             self.send(self.release(stream.tenant, pages))
 
@@ -347,7 +392,9 @@ class KVCacheManager:
                 pages += stream.pages.values()
                 pages += stream.chunk.reservation.pages if stream.chunk else ()
             objects = object_stats(self.budget, self.layouts, pages)
-            return cache_stats(self.budget, self._pool, streams, objects, self._tally)
+            stats = cache_stats(self.budget, self._pool, streams, objects, self._tally)
+            disk = 0 if self.disk is None else self.disk.used_nbytes
+            return replace(stats, host_nbytes=self.host.used_nbytes, disk_nbytes=disk)
 
     def check_integrity(self) -> None:
         """Walk all books and raise `IntegrityError` if a byte, an owner or a codebook is not accounted for."""
@@ -356,6 +403,8 @@ class KVCacheManager:
             for stream in self.streams.values():
                 held += stream.held()
             self.store.check_integrity(held)
+            parked = [stream.parked for stream in self.streams.values() if stream.parked]
+            self.host.check_integrity([extent for each in parked for extent in each.host or ()])
 
     @staticmethod
     def event(kind: EventKind, stream: Stream, frames: Iterable[int], pages: list[Page]) -> CacheEvent:

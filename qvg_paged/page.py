@@ -1,6 +1,7 @@
 """Pages and codebooks as objects with owners: who holds a page, and which codebook it needs."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qvg_paged.budget import object_counts
@@ -119,6 +120,22 @@ class PageStore:
             Page(slot, fmt, page.codebook, demotions=page.demotions + 1)
             for slot, page in zip(slots, pages, strict=True)
         ]
+
+    def slots(self, sizes: Sequence[int], tenant: str) -> list[Slot]:
+        """A slot of each size, in order.
+
+        Raises:
+            OutOfMemoryError: they do not fit; nothing stays allocated.
+        """
+        taken: dict[int, list[Slot]] = {}
+        try:
+            for size, count in Counter(sizes).items():
+                taken[size] = self.pool.allocate(size, count, tenant)[::-1]
+        except BaseException:
+            for slot in (slot for found in taken.values() for slot in found):
+                self.pool.free(slot, Fence())
+            raise
+        return [taken[size].pop() for size in sizes]
 
     def retain(self, pages: list[Page]) -> None:
         """Add an owner to each page."""

@@ -72,6 +72,7 @@ class CacheStats:
         tenant_objects: pages and codebooks by tenant.
         objects: pages by name of their format, and codebooks.
         tally: counts since the manager was made.
+        host_nbytes, disk_nbytes: bytes of parked streams on the host and in files.
     """
 
     budget: Budget
@@ -83,6 +84,8 @@ class CacheStats:
     tenant_objects: dict[str, int]
     objects: dict[str, ObjectStats]
     tally: Tally
+    host_nbytes: int = 0
+    disk_nbytes: int = 0
 
     @property
     def peak_total_nbytes(self) -> int:

@@ -1,7 +1,7 @@
 """One video being generated: its committed frames, its window, its open chunk."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +11,7 @@ from qvg_paged.demote import FrameQuality, ledger
 from qvg_paged.errors import ArgumentError, IntegrityError, StateError
 from qvg_paged.ladder import SqueezedTimeline
 from qvg_paged.page import Page
+from qvg_paged.park import Parked, Tier
 from qvg_paged.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Stream:
         pages: page of each frame that is still stored, ascending.
         chunk: the open chunk, or None.
         closed: whether `close` was called.
+        parked: where the stream is while it is not in the pool, or None.
         floor: how far it may be squeezed, unless its tenant's floor is stricter.
     """
 
@@ -51,7 +53,7 @@ class Stream:
         self.chunk: Chunk | None = None
         self.closed = False
         self.floor = floor or QualityFloor()
-        self.parked: Any = None
+        self.parked: Parked | None = None
 
     @property
     def rung(self) -> Rung:
@@ -74,9 +76,17 @@ class Stream:
         return self.timeline.window
 
     def require_open(self) -> None:
-        """Raise `StateError` if the stream is closed."""
+        """Raise `StateError` if the stream is closed or parked."""
         if self.closed:
             raise StateError(f"stream: expected an open stream, {self.id!r} is closed; open another")
+        if self.parked is not None:
+            raise StateError(f"stream: expected a stream in the pool, {self.id!r} is parked; resume it first")
+
+    def require_idle(self) -> None:
+        """Raise `StateError` if the stream is closed or parked or has an open chunk."""
+        self.require_open()
+        if self.chunk is not None:
+            raise StateError(f"stream: {self.id!r} has an open chunk; commit or abort it first")
 
     def begin_chunk(
         self,
@@ -100,12 +110,14 @@ class Stream:
         return self.manager.begin_chunks([self], frames, retrieve=retrieve, positions=positions)[0]
 
     def held(self) -> list[Page]:
-        """Every page the stream owns, those of its open chunk included.
+        """Every page the stream owns, those of its open chunk and those it is being resumed into included.
 
         Raises:
             IntegrityError: one belongs to another tenant.
         """
         pages = list(self.pages.values()) + (self.chunk.reservation.pages if self.chunk else [])
+        if self.parked is not None and self.parked.incoming is not None:
+            pages += self.parked.incoming.pages.values()
         foreign = [page.id for page in pages if page.slot.tenant != self.tenant]
         if foreign:
             raise IntegrityError(f"stream {self.id!r} of {self.tenant!r}: pages {foreign} are not its own")
@@ -166,6 +178,43 @@ class Stream:
             StateError: the stream is closed, parked or has an open chunk.
         """
         return self.manager.shrink_retrieval(self, frames)
+
+    def park(self, tier: Tier | None = None) -> Tier:
+        """Move the stream out of the pool, between chunks; where it is now.
+
+        Until `resume` it can be closed, moved on to the disk, and asked for its ledger, nothing else. Pages shared
+        with forks stay in the pool for them.
+
+        Args:
+            tier: where to; None for the host if it has room, else the disk. A stream on the host can be parked again
+                with `Tier.DISK`; its host copy stays until the room is needed.
+
+        Raises:
+            OutOfMemoryError: ``CacheConfig.host_memory`` or ``disk_memory`` is full; nothing changed.
+            StorageError: the disk failed, or there is none; nothing changed.
+            StateError: the stream is closed or has an open chunk.
+        """
+        return self.manager.park(self, tier)
+
+    def prefetch_resume(self) -> None:
+        """Begin to bring a parked stream back, beside what the device is doing. `resume` completes it.
+
+        Raises:
+            OutOfMemoryError: the pool has no room; nothing changed.
+            StateError: the stream is not parked.
+        """
+        self.manager.prefetch_resume(self)
+
+    def resume(self) -> Tier:
+        """Bring a parked stream back, byte for byte, into pages of its own; where it came from.
+
+        Raises:
+            OutOfMemoryError: the pool has no room; the stream stays parked.
+            CorruptedError: no copy has the bytes that left; the stream stays parked and can only be closed.
+            StorageError: the disk failed; the stream stays parked.
+            StateError: the stream is not parked.
+        """
+        return self.manager.resume(self)
 
     def close(self) -> None:
         """Abort an open chunk and return everything. Does nothing on a closed stream."""

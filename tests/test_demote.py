@@ -1,6 +1,7 @@
 """The upper rungs of the ladder: tails and spans stored more cheaply, floors, forks, and what they leave free."""
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -409,3 +410,46 @@ def test_scattered_pages_move_together_when_a_chunk_would_not_fit_otherwise() ->
     assert pool.free_nbytes // slabs.slab_nbytes == slabs.num_slabs - slabs.slabs_for(counts)
     assert {stream.id: page_bytes(stream) for stream in held} == {stream.id: before[stream.id] for stream in held}
     cache.check_integrity()
+
+
+def _open_until_full(cache: KVCacheManager) -> None:
+    for number in range(1000):
+        grow(cache.open(f"s{number}", window=Window(recent_frames=4)), 4, first_seed=10 * number, per_chunk=2)
+
+
+def test_a_chunk_finds_room_wherever_pages_lie_as_long_as_their_bytes_fit() -> None:
+    cache = make_cache(pool=60 * make_model().frame_nbytes, free_fill=FreeFill.POISON)
+    slabs = cache.budget.slabs
+    with inject_fault("pool.compact", InjectedError(), skip=1 << 30) as moves:
+        with pytest.raises(OutOfMemoryError):
+            _open_until_full(cache)
+        for stream in list(cache.streams.values())[::3]:
+            stream.close()
+        kept = {stream.id: page_bytes(stream) for stream in cache.streams.values() if stream.pages}
+        late = cache.open("late", window=Window(recent_frames=100, bf16_recent=90))
+        while True:
+            live = Counter(slot.nbytes for slot in cache.store.pool.live().values())
+            fits = slabs.slabs_for(live + object_counts(cache.layouts, Demand(3))) <= slabs.num_slabs
+            try:
+                grow(late, 3, first_seed=400)
+            except OutOfMemoryError:
+                break
+        assert not fits
+        assert moves[0] > 0, "nothing ever had to move"
+    assert kept == {name: page_bytes(cache.streams[name]) for name in kept}
+    cache.check_integrity()
+
+
+def test_a_fault_while_pages_move_leaves_them_where_they_are() -> None:
+    cache = make_cache(free_fill=FreeFill.POISON)
+    for number in range(8):
+        grow(cache.open(f"s{number}", window=Window(recent_frames=4)), 4, first_seed=number)
+    for number in range(0, 8, 2):
+        cache.streams[f"s{number}"].close()
+    before = {stream.id: page_bytes(stream) for stream in cache.streams.values()}
+    for point in ("pool.compact", "pool.allocate"):
+        for skip in range(3):
+            with inject_fault(point, InjectedError(), skip=skip), suppress(InjectedError):
+                compact(cache)
+            cache.check_integrity()
+            assert before == {stream.id: page_bytes(stream) for stream in cache.streams.values()}
