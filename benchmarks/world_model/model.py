@@ -239,9 +239,16 @@ class WorldModel(nn.Module):
 def load_model(
     path: Path | str, device: torch.device | str = "cpu", config: WorldModelConfig | None = None
 ) -> WorldModel:
-    """Read a safetensors file of weights into a float32 model in evaluation mode; run it under autocast on a GPU."""
+    """Read a safetensors file of weights into a float32 model in evaluation mode; run it under autocast on a GPU.
+
+    Without `config` width and depth are those of the weights, everything else the default.
+    """
     from safetensors.torch import load_file  # noqa: PLC0415 - training machines may lack it
 
+    weights = {name: tensor.float() for name, tensor in load_file(path).items()}
+    if config is None:
+        layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+        config = WorldModelConfig(dim=len(weights["inp.weight"]), layers=layers)
     model = WorldModel(config)
-    model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    model.load_state_dict(weights)
     return model.to(device).eval()

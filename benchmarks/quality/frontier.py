@@ -1,0 +1,185 @@
+"""The frontier: stored bits against closed-loop quality, for published codecs, the library's formats and candidates.
+
+Every row is run on every model and variant, several rows in a batch and several batches in processes of their own.
+"""
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from quality.attention_error import attention_error
+from quality.judge import judge
+from quality.loop import Cache, CodedHistory, generate
+from quality.outliers import with_contrast
+from quality.paths import Paths, revisit_paths
+from quality.rows import REAL_GEOMETRIES, Row, rows_named
+from torch import Tensor
+from world_model.model import WorldModel, load_model
+
+__all__ = ["VARIANTS", "FrontierOptions", "run"]
+
+VARIANTS: dict[str, float | None] = {"plain": None, "9x": 9.0, "13x": 13.0, "150x": 150.0}
+"""Contrast of the keys' outlier channels; None leaves the model as trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierOptions:
+    """What to run.
+
+    Attributes:
+        weights: safetensors files of world models.
+        device: "cpu" or "cuda".
+        paths: held-out camera paths, a third of each kind.
+        given: given frames; as many are generated.
+        steps: Euler steps per frame.
+        span_frames: frames quantised together.
+        variants: keys of `VARIANTS`.
+        rows: names of rows, or of sets of rows (`rows.SETS`).
+        rows_at_once: rows in one batch.
+        jobs: processes.
+        seconds: no batch is begun after so long.
+    """
+
+    weights: tuple[Path, ...]
+    device: str = "cpu"
+    paths: int = 96
+    given: int = 32
+    steps: int = 4
+    span_frames: int = 16
+    variants: tuple[str, ...] = ("plain",)
+    rows: tuple[str, ...] = ("frontier",)
+    rows_at_once: int = 4
+    jobs: int = 1
+    seconds: float = 3600.0
+
+
+@dataclass
+class _Base:
+    """A model, its paths, and its unquantised run."""
+
+    model: WorldModel
+    paths: Paths
+    history: CodedHistory
+    dense: Tensor
+
+
+@dataclass(frozen=True)
+class _Task:
+    options: FrontierOptions
+    weights: Path
+    variant: str
+    rows: tuple[str, ...]
+    deadline: float
+
+
+_bases: dict[tuple[Path, str, int], _Base] = {}
+
+
+def _base(options: FrontierOptions, weights: Path, variant: str) -> _Base:
+    """The unquantised run, made once in a process for each model and variant (the last one is kept)."""
+    key = (weights, variant, options.paths)
+    if key not in _bases:
+        _bases.clear()
+        model = load_model(weights, options.device)
+        side, device = model.config.resolution, options.device
+        paths = revisit_paths(options.paths, given=options.given, resolution=side, device=device)
+        contrast = VARIANTS[variant]
+        if contrast is not None:
+            model.load_state_dict(with_contrast(model, paths, contrast))
+        step = max(1, options.given // 4)
+        watched = range(options.given, 2 * options.given, step)
+        frames = 2 * options.given
+        history = CodedHistory(model, [Cache()], len(paths), frames, options.span_frames, watched=watched, keep=True)
+        dense = generate(model, paths, history, steps=options.steps)[0]
+        _bases[key] = _Base(model, paths, history, dense)
+    return _bases[key]
+
+
+def _run_task(task: _Task) -> list[dict[str, Any]]:
+    """Scores of the rows of one batch; those that fail say why."""
+    if time.time() > task.deadline:
+        return [{"name": name, "skipped": "out of time"} for name in task.rows]
+    torch.set_num_threads(1 if task.options.jobs > 1 else torch.get_num_threads())
+    options, rows = task.options, rows_named(task.rows)
+    try:
+        base = _base(options, task.weights, task.variant)
+        caches = [row.cache for row in rows]
+        history = CodedHistory(base.model, caches, len(base.paths), 2 * options.given, options.span_frames)
+        videos = generate(base.model, base.paths, history, steps=options.steps)
+        del history
+        return [_scores(base, row, video, options) for row, video in zip(rows, videos, strict=True)]
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return [{"name": name, "skipped": f"{error}\n{traceback.format_exc()[-1500:]}"} for name in task.rows]
+
+
+def _scores(base: _Base, row: Row, video: Tensor, options: FrontierOptions) -> dict[str, Any]:
+    history = base.history
+    error = attention_error(history, row.cache.key, row.cache.value, options.given)
+    tokens = options.span_frames * history.tokens
+    return {
+        "name": row.name,
+        "group": row.group,
+        "bits": row.bits(tokens, history.dim, 2 * options.given),
+        "real_bits": {name: row.real_bits(name, tokens) for name in REAL_GEOMETRIES},
+        "centroid_tokens": row.tokens_per_centroid(tokens),
+        **judge(video, base.dense, base.paths),
+        "attention": error.as_dict(),
+    }
+
+
+def _tasks(options: FrontierOptions) -> list[_Task]:
+    deadline = time.time() + options.seconds
+    tasks = []
+    for weights in options.weights:
+        for variant in options.variants:
+            rows = sorted(rows_named(options.rows), key=lambda row: row.batch)
+            for _, alike in groupby(rows, key=lambda row: row.batch):
+                names = [row.name for row in alike]
+                for first in range(0, len(names), options.rows_at_once):
+                    some = tuple(names[first : first + options.rows_at_once])
+                    tasks.append(_Task(options, weights, variant, some, deadline))
+    return tasks
+
+
+def run(options: FrontierOptions, progress: Callable[[str], None] = print) -> dict[str, Any]:
+    """``{model: {variant: [row, ...]}}``, rows in the order they were asked for."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for task, scores in _work(_tasks(options), options.jobs):
+        mine = found.setdefault(task.weights.stem, {}).setdefault(task.variant, [])
+        mine.extend(scores)
+        for row in scores:
+            progress(_line(task, row))
+    order = {row.name: place for place, row in enumerate(rows_named(options.rows))}
+    return {
+        model: {variant: sorted(rows, key=lambda row: order[row["name"]]) for variant, rows in variants.items()}
+        for model, variants in found.items()
+    }
+
+
+def _work(tasks: Sequence[_Task], jobs: int) -> Any:
+    if jobs == 1:
+        yield from ((task, _run_task(task)) for task in tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        pending = {pool.submit(_run_task, task): task for task in tasks}
+        for done in as_completed(pending):
+            yield pending[done], done.result()
+
+
+def _line(task: _Task, row: dict[str, Any]) -> str:
+    if "skipped" in row:
+        return f"{task.weights.stem} {task.variant} {row['name']}: {row['skipped']}"
+    d, t, a = row["dense"], row["truth"], row["attention"]
+    return (
+        f"{task.weights.stem[-2:]} {task.variant:5s} {row['name']:44s} {row['bits']:6.3f} b | dense {d['onset']:6.2f} "
+        f"{d['short']:6.2f} {d['long']:6.2f} {d['mean']:6.2f} {d['ssim']:.4f} {d['gmsd']:.4f} | truth {t['mean']:6.2f} | "
+        f"K {a['key']:.3f} V {a['value']:.3f} out {a['output']:.4f} top {a['top_key_changes']:.4f}"
+    )
