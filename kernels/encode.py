@@ -15,7 +15,7 @@ import torch
 from qvg_paged.kernels import reference
 from qvg_paged.kernels.backend import Backend, kernel_scope, uses_triton
 from qvg_paged.kernels.errors import ArgumentError
-from qvg_paged.kernels.formats import CentroidType
+from qvg_paged.kernels.formats import BalanceRule, CentroidType
 from qvg_paged.kernels.kmeans import Centroids, fit, round_centroids, seed_rows
 from qvg_paged.kernels.layout import GRANULE, PLANE_ALIGNMENT, PartLayout, align
 from qvg_paged.kernels.rope import RoPELayout
@@ -116,7 +116,7 @@ def _encode_heads(
     residual.copy_(x.transpose(0, 1))
     if codec.balanced:
         assert codebook_offset is not None
-        balance = _spread(residual, layout.pairing)
+        balance = _spread(residual, layout.pairing, codec.balance_rule)
         plane = layout.plane("balance").view(buffer, codebook_offset)
         plane[first_head : first_head + heads] = _stored(balance, layout)
         for some in _slices(residual):
@@ -174,8 +174,8 @@ def _subtract(residual: torch.Tensor, ids: torch.Tensor, centroids: torch.Tensor
         residual[:, some] = (residual[:, some].float() - rows.float()).to(residual.dtype)
 
 
-def _spread(x: torch.Tensor, pairing: RoPELayout | None) -> torch.Tensor:
-    """Standard deviation of every channel around its mean over the span, ``[heads, head_dim]`` bfloat16.
+def _spread(x: torch.Tensor, pairing: RoPELayout | None, rule: BalanceRule) -> torch.Tensor:
+    """Standard deviation of every channel around its mean over the span, or its root, ``[heads, head_dim]`` bfloat16.
 
     Channels of a RoPE pair share the root mean square of theirs, so that balancing commutes with the rotation. A
     spread the dtype cannot resolve beside the channel's mean counts as zero, and zero becomes 1. Summed in float64:
@@ -192,7 +192,8 @@ def _spread(x: torch.Tensor, pairing: RoPELayout | None) -> torch.Tensor:
         variance = variance.unflatten(-1, (-1, 2)).mean(-1).repeat_interleave(2, -1)
     elif pairing is RoPELayout.HALF_SPLIT:
         variance = variance.unflatten(-1, (2, -1)).mean(-2).repeat(1, 2)
-    spread = variance.sqrt().to(torch.bfloat16)
+    spread = variance.sqrt()
+    spread = (spread.sqrt() if rule is BalanceRule.ROOT else spread).to(torch.bfloat16)
     return torch.where(spread > torch.finfo(torch.bfloat16).tiny, spread, 1.0)
 
 

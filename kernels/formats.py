@@ -17,6 +17,7 @@ __all__ = [
     "FORMATS",
     "QVG",
     "QVG_PRO",
+    "BalanceRule",
     "CentroidType",
     "Codec",
     "Grid",
@@ -73,6 +74,16 @@ class ScaleRule(Enum):
     """The best squared error among the absmax scale and the FP8 scales below it, down to 0.4 times as large."""
 
 
+class BalanceRule(Enum):
+    """What a balanced codec divides channels by; the stored bytes are the same for all."""
+
+    SPREAD = "spread"
+    """The spread itself: all channels end alike, and with them the errors relative to a channel's size."""
+    ROOT = "root"
+    """Its square root: large channels shrink but still get the smaller relative errors, so that a key's small channels,
+    which move few scores, do not cost the large ones their precision."""
+
+
 class CentroidType(Enum):
     """Storage of the smoothing centroids."""
 
@@ -89,8 +100,11 @@ class Codec:
         grid: levels of the residual.
         block_size: consecutive channels that share a scale (B in the paper).
         stages: progressive smoothing stages (S in the paper); 0 quantises the tensor itself.
-        num_centroids: centroids per stage and head, or None for `default_num_centroids` of the span.
-        balanced: divide channels by their spread over the span before smoothing; one vector per head is kept.
+        num_centroids: centroids per stage and head, or None for what `tokens_per_centroid` says.
+        tokens_per_centroid: one centroid for so many tokens of a span, 256 at most, so that the codebook costs as much
+            whatever the span; None for `default_num_centroids` of the span.
+        balanced: divide channels by a vector per head that is kept, before smoothing.
+        balance_rule: encoder's choice of that vector from the channels' spread over the span.
         scale_rule: encoder's choice of scale.
         centroid_type: storage of the centroids.
         iterations: Lloyd iterations of each stage.
@@ -101,7 +115,9 @@ class Codec:
     block_size: int = 64
     stages: int = 1
     num_centroids: int | None = None
+    tokens_per_centroid: int | None = None
     balanced: bool = False
+    balance_rule: BalanceRule = BalanceRule.SPREAD
     scale_rule: ScaleRule = ScaleRule.ABSMAX
     centroid_type: CentroidType = CentroidType.BF16
     iterations: int = 10
@@ -116,6 +132,8 @@ class Codec:
             raise ArgumentError(
                 f"num_centroids: expected 1 to {MAX_CENTROIDS} (ids are one byte), got {self.num_centroids}"
             )
+        if self.tokens_per_centroid is not None and self.tokens_per_centroid < 1:
+            raise ArgumentError(f"tokens_per_centroid: expected >= 1, got {self.tokens_per_centroid}")
         if self.iterations < 0:
             raise ArgumentError(f"iterations: expected >= 0, got {self.iterations}")
 
@@ -128,6 +146,8 @@ class Codec:
         """Centroids per stage and head for a span of `span_tokens` tokens (0 without stages)."""
         if self.is_dense or self.stages == 0:
             return 0
+        if self.num_centroids is None and self.tokens_per_centroid is not None:
+            return min(MAX_CENTROIDS, max(1, span_tokens // self.tokens_per_centroid))
         return self.num_centroids or default_num_centroids(span_tokens)
 
 

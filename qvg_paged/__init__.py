@@ -19,7 +19,17 @@ from qvg_paged.errors import (
 )
 from qvg_paged.events import FAULT_POINTS, CacheEvent, EventKind, inject_fault
 from qvg_paged.kernels.attention import AttentionPath
-from qvg_paged.kernels.formats import FORMATS, QVG, QVG_PRO, CentroidType, Codec, Grid, PageFormat, ScaleRule
+from qvg_paged.kernels.formats import (
+    FORMATS,
+    QVG,
+    QVG_PRO,
+    BalanceRule,
+    CentroidType,
+    Codec,
+    Grid,
+    PageFormat,
+    ScaleRule,
+)
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec
 from qvg_paged.manager import KVCacheManager
 from qvg_paged.park import Tier
@@ -37,6 +47,7 @@ __all__ = [
     "QVG_PRO",
     "ArgumentError",
     "AttentionPath",
+    "BalanceRule",
     "Budget",
     "CacheConfig",
     "CacheEvent",

@@ -10,7 +10,7 @@ from qvg_paged.kernels.codec import EncodedSpan, decode_span, encode_span
 from qvg_paged.kernels.decode import decode_pages, read_centroids
 from qvg_paged.kernels.encode import encode_part
 from qvg_paged.kernels.errors import ArgumentError
-from qvg_paged.kernels.formats import DENSE_CODEC, QVG, QVG_PRO, CentroidType, Codec, Grid, get_format
+from qvg_paged.kernels.formats import DENSE_CODEC, QVG, QVG_PRO, BalanceRule, CentroidType, Codec, Grid, get_format
 from qvg_paged.kernels.layout import GRANULE, code_position
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec, rotate
 
@@ -146,16 +146,18 @@ def test_balancing_keeps_quality_where_a_few_channels_are_large() -> None:
 
 
 @pytest.mark.parametrize("pairing", [None, *RoPELayout])
-def test_balance_is_the_spread_of_the_channel_or_of_its_pair(pairing: RoPELayout | None) -> None:
+@pytest.mark.parametrize("rule", BalanceRule)
+def test_balance_is_the_spread_of_the_channel_or_of_its_pair(pairing: RoPELayout | None, rule: BalanceRule) -> None:
     x = video_like(400, 2, 64) * torch.logspace(-1, 1, 64) + 5
     x[:, :, 20:22] = x[:, :, 52:54] = 3.0
-    span = encode_span(x, replace(QVG4, **FAST), pairing=pairing)
+    span = encode_span(x, replace(QVG4, balance_rule=rule, **FAST), pairing=pairing)
     variance = x.double().var(0, correction=0)
     if pairing is RoPELayout.INTERLEAVED:
         variance = variance.view(2, 32, 1, 2).mean(-1).expand(2, 32, 2).flatten(1)
     elif pairing is RoPELayout.HALF_SPLIT:
         variance = ((variance[:, :32] + variance[:, 32:]) / 2).repeat(1, 2)
-    expected = variance.sqrt().bfloat16()
+    expected = variance.sqrt()
+    expected = (expected.sqrt() if rule is BalanceRule.ROOT else expected).bfloat16()
     expected[expected < 1e-6] = 1.0
     assert torch.equal(planes(span, 0)["balance"], expected)
     assert int((expected == 1).sum()) >= 4

@@ -117,3 +117,21 @@ def test_digest_of_bytes_outside_the_buffer_is_an_error() -> None:
         digest_bytes(torch.zeros(10, dtype=torch.uint8), 8, 3)
     with pytest.raises(ArgumentError, match="buffer"):
         digest_bytes(torch.zeros(10), 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_centroid", "span_tokens", "expected"),
+    [(40, 1024, 25), (40, 10240, 256), (40, 37440, 256), (40, 39, 1), (None, 1024, 64), (None, 37440, 256)],
+)
+def test_a_codebook_grows_with_its_span_up_to_one_byte_ids(
+    tokens_per_centroid: int | None, span_tokens: int, expected: int
+) -> None:
+    codec = replace(QVG, tokens_per_centroid=tokens_per_centroid)
+    assert codec.centroids_for(span_tokens) == expected
+    assert replace(codec, num_centroids=7).centroids_for(span_tokens) == 7
+    assert replace(codec, stages=0).centroids_for(span_tokens) == 0
+
+
+def test_a_centroid_needs_a_token() -> None:
+    with pytest.raises(ArgumentError, match="tokens_per_centroid: expected >= 1, got 0"):
+        Codec(grid=Grid.TERNARY, tokens_per_centroid=0)

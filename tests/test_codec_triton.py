@@ -17,7 +17,7 @@ import torch
 from qvg_paged.kernels.backend import Backend
 from qvg_paged.kernels.codec import EncodedSpan, decode_span, encode_span
 from qvg_paged.kernels.errors import ArgumentError
-from qvg_paged.kernels.formats import DENSE_CODEC, QVG, CentroidType, Codec, Grid, ScaleRule, get_format
+from qvg_paged.kernels.formats import DENSE_CODEC, QVG, BalanceRule, CentroidType, Codec, Grid, ScaleRule, get_format
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,6 +29,14 @@ CASES = [  # codec, tokens per frame, frames, heads, head_dim, split
     (replace(QVG4, num_centroids=5, block_size=128), 24, 1, 1, 256, True),
     (replace(QVG4, scale_rule=ScaleRule.LEAST_SQUARES, stages=0), 290, 1, 1, 64, False),
     (replace(QVG4, grid=Grid.INT4, stages=4, num_centroids=20), 9, 1, 1, 64, True),
+    (
+        replace(QVG4, balance_rule=BalanceRule.ROOT, centroid_type=CentroidType.FP8, tokens_per_centroid=5),
+        19,
+        2,
+        2,
+        64,
+        True,
+    ),
     (Codec(grid=Grid.TERNARY, stages=0, block_size=32, scale_rule=ScaleRule.LEAST_SQUARES), 7, 3, 2, 64, True),
     (DENSE_CODEC, 37, 2, 2, 64, False),
 ]

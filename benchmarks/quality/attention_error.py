@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from quality.codecs import SpanCodec
 from quality.loop import CodedHistory, decoded
-from torch import Tensor
 
 __all__ = ["AttentionError", "attention_error"]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from quality.codecs import asymmetric, hadamard
 from torch import Tensor
 
+from quality.codecs import asymmetric, hadamard
 from qvg_paged.kernels import _blocks
 from qvg_paged.kernels.backend import Backend, uses_triton
 from qvg_paged.kernels.codec import decode_span, encode_span
@@ -117,7 +117,7 @@ class Candidate:
         if self.balance == "none":
             return x.new_ones(1)
         variance = x.var(1, keepdim=True, correction=0)
-        if self.balance in {"pair", "query", "root", "clip", "clip2"}:
+        if self.balance in {"pair", "query", "root", "clip", "knee2", "knee4", "knee9"}:
             variance = variance.unflatten(-1, (-1, 2)).mean(-1).repeat_interleave(2, -1)
         elif self.balance == "head":
             variance = variance.mean(-1, keepdim=True)
@@ -127,9 +127,11 @@ class Candidate:
             spread = (spread / _pair_size(moment)).sqrt()
         elif self.balance == "root":
             spread = spread.sqrt()
-        elif self.balance.startswith("clip"):
-            most = spread.median(-1, keepdim=True).values * (2.0 if self.balance == "clip2" else 1.0)
-            spread = torch.maximum(spread, most)
+        elif self.balance == "clip":
+            spread = torch.maximum(spread, spread.median(-1, keepdim=True).values)
+        elif self.balance.startswith("knee"):
+            middle = spread.median(-1, keepdim=True).values
+            spread = torch.maximum((spread * middle).sqrt(), spread / float(self.balance[4:]) ** 0.5)
         return spread.clamp_min(1e-6).bfloat16().float()
 
     def _low_rank(self, x: Tensor) -> Tensor:

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from world_model.model import WorldModel, load_model
+
 from quality.attention_error import attention_error
 from quality.judge import judge
 from quality.loop import Cache, CodedHistory, generate
 from quality.outliers import with_contrast
 from quality.paths import Paths, revisit_paths
 from quality.rows import REAL_GEOMETRIES, Row, rows_named
-from torch import Tensor
-from world_model.model import WorldModel, load_model
 
 __all__ = ["VARIANTS", "FrontierOptions", "run"]
 
@@ -179,7 +180,8 @@ def _line(task: _Task, row: dict[str, Any]) -> str:
         return f"{task.weights.stem} {task.variant} {row['name']}: {row['skipped']}"
     d, t, a = row["dense"], row["truth"], row["attention"]
     return (
-        f"{task.weights.stem[-2:]} {task.variant:5s} {row['name']:44s} {row['bits']:6.3f} b | dense {d['onset']:6.2f} "
-        f"{d['short']:6.2f} {d['long']:6.2f} {d['mean']:6.2f} {d['ssim']:.4f} {d['gmsd']:.4f} | truth {t['mean']:6.2f} | "
-        f"K {a['key']:.3f} V {a['value']:.3f} out {a['output']:.4f} top {a['top_key_changes']:.4f}"
+        f"{task.weights.stem[-2:]} {task.variant:5s} {row['name']:44s} {row['bits']:6.3f} b | dense "
+        f"{d['onset']:6.2f} {d['short']:6.2f} {d['long']:6.2f} {d['mean']:6.2f} {d['ssim']:.4f} {d['gmsd']:.4f} "
+        f"| truth {t['mean']:6.2f} | K {a['key']:.3f} V {a['value']:.3f} out {a['output']:.4f} "
+        f"top {a['top_key_changes']:.4f}"
     )

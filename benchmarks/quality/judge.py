@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from quality.metrics import gmsd
-from quality.paths import KINDS, Paths
 from torch import Tensor
 from world_model.evaluate import psnr, ssim
+
+from quality.metrics import gmsd
+from quality.paths import KINDS, Paths
 
 __all__ = ["MAX_PSNR", "judge", "per_path", "revisit_psnr"]
 

@@ -10,12 +10,13 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-from quality.codecs import DenseSpan, SpanCodec
-from quality.paths import Paths
 from torch import Tensor
 from torch.nn import functional
 from world_model.model import WorldModel, rotate
 from world_model.sampling import noise_levels
+
+from quality.codecs import DenseSpan, SpanCodec
+from quality.paths import Paths
 
 __all__ = ["Cache", "CodedHistory", "decoded", "generate", "prefill"]
 
@@ -66,7 +67,9 @@ class CodedHistory:
         self.layers, self.heads, self.dim = config.layers, config.heads, config.head_dim
         self.coded = [0] * len(caches)
         self.extra = 8 if any(cache.correction for cache in caches) else 0
-        self.ring = frames if keep else span_frames * -(-(span_frames + max(c.dense_recent for c in caches)) // span_frames)
+        self.ring = (
+            frames if keep else span_frames * -(-(span_frames + max(c.dense_recent for c in caches)) // span_frames)
+        )
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         batch = len(caches) * paths
         empty = partial(torch.zeros, device=device, dtype=self.dtype)
@@ -180,9 +183,7 @@ def decoded(codec: SpanCodec, x: Tensor, moment: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def generate(
-    model: WorldModel, paths: Paths, history: CodedHistory, *, steps: int = 4, shift: float = 3.0
-) -> Tensor:
+def generate(model: WorldModel, paths: Paths, history: CodedHistory, *, steps: int = 4, shift: float = 3.0) -> Tensor:
     """Fill the cache with the given frames and generate the rest: ``[rows, paths, generated, 3, height, width]``."""
     device, rows = paths.frames.device, len(history.caches)
     levels = noise_levels(steps, shift)
@@ -216,9 +217,7 @@ def _autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def _forward(
-    model: WorldModel, poses: Tensor, history: CodedHistory, x: Tensor, level: float, frame: int
-) -> Tensor:
+def _forward(model: WorldModel, poses: Tensor, history: CodedHistory, x: Tensor, level: float, frame: int) -> Tensor:
     rows = len(history.caches)
     pose, reference = poses[:, frame : frame + 1].repeat(rows, 1, 1), poses[:, :1].repeat(rows, 1, 1)
     t = torch.full((len(x), 1), level, device=x.device)

@@ -1,11 +1,12 @@
 """The same function with key outliers as large as those of a named real model."""
 
 import torch
-from quality.loop import Cache, CodedHistory, prefill
-from quality.paths import Paths
 from torch import Tensor
 from world_model.model import WorldModel
 from world_model.outliers import with_key_outliers
+
+from quality.loop import Cache, CodedHistory, prefill
+from quality.paths import Paths
 
 __all__ = ["contrast_of", "with_contrast"]
 

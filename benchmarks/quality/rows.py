@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from quality.candidates import Candidate
 from quality.codecs import DenseSpan, Library, RoundToNearest, SpanCodec
 from quality.loop import Cache
-
 from qvg_paged import FORMATS, QVG, QVG_PRO, Codec, Grid
 
 __all__ = ["REAL_GEOMETRIES", "SETS", "Row", "rows_named"]

@@ -73,7 +73,9 @@ FULL = Recipe(
         Stage(frames=64, batch=12, until=1.0),
     ),
 )
-SMALL = Recipe(model=WorldModelConfig(dim=256, layers=8), stages=(Stage(frames=64, batch=12, until=1.0),), own_after=0.75)
+SMALL = Recipe(
+    model=WorldModelConfig(dim=256, layers=8), stages=(Stage(frames=64, batch=12, until=1.0),), own_after=0.75
+)
 TINY = Recipe(
     model=WorldModelConfig(resolution=32, dim=128, layers=2),
     stages=(Stage(frames=4, batch=2, until=0.5), Stage(frames=8, batch=1, until=1.0)),
