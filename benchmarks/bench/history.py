@@ -41,7 +41,7 @@ def video_grid(tokens: int) -> tuple[int, int]:
 
 def thousands(count: int) -> str:
     """``28k`` for 28,080."""
-    return f"{count / 1000:.0f}k" if count >= 10000 else f"{count:,}"
+    return f"{count // 1000}k" if count >= 10000 else f"{count:,}"
 
 
 def random_tokens(tokens: int, heads: int, head_dim: int, device: torch.device) -> torch.Tensor:
@@ -131,6 +131,7 @@ class History:
         self.layout = self.spec.layout(self.sets)
         free, pages, books, indptr = 1, [], [], [0]
         self._spans: list[tuple[list[int], int]] = []
+        self._truths: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
         book_units, page_units = (n // GRANULE for n in (self.layout.codebook_nbytes, self.layout.page_nbytes))
         for frames in self.spec.frames:
             for start in range(0, frames, SPAN_FRAMES):
@@ -208,14 +209,15 @@ class History:
 
     def truth(self, sequence: int, heads: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of some heads of set 0 as the PyTorch twin reads them, ``[keys, len(heads), head_dim]`` float32."""
-        k, v = (
-            torch.cat([
-                self.read(range(entry, entry + 1), number, 0, backend=Backend.TORCH, dtype=torch.float32)[:, heads]
-                for entry in self.table.entries(sequence)
-            ])
-            for number in (0, 1)
-        )  # fmt: skip
-        return k, v
+        key = (sequence, tuple(heads))
+        if key not in self._truths:
+            self._truths[key] = (self._twin(sequence, heads, 0), self._twin(sequence, heads, 1))
+        return self._truths[key]
+
+    def _twin(self, sequence: int, heads: list[int], number: int) -> torch.Tensor:
+        pages = [range(entry, entry + 1) for entry in self.table.entries(sequence)]
+        read = (self.read(page, number, 0, backend=Backend.TORCH, dtype=torch.float32) for page in pages)
+        return torch.cat([x[:, heads] for x in read])
 
     @cached_property
     def dense(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
