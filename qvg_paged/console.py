@@ -15,6 +15,7 @@ __all__ = [
 
 PLAIN_WIDTH = 140
 PLAIN_LINES = 4
+BENCH_COLUMNS = ("system", "ms", "10 % to 90 %", "host us", "faster", "TFLOP/s", "GB/s", "of roofline")
 DEMO_COLUMNS = (
     "stream", "tenant", "unquantised\nMB", "used\nMB", "ratio", "history read\nin 2 bits", "generated\nframes/s",
     "waits", "PSNR to own\nunquantised run", "to truth", "unquantised\nto truth",
@@ -154,7 +155,9 @@ def print_bench_row(console: Console, row: Mapping[str, Any]) -> None:
     base = row["systems"].get(row["baseline"], {}).get("timing")
     lines = [[name, *_system_cells(found, base)] for name, found in row["systems"].items()]
     title = f"{row['part']}: {row['name']}"
-    console.print(table(title, ["system", "ms", "10 % to 90 %", "faster", "TFLOP/s", "GB/s", "of roofline"], lines))
+    console.print(
+        table(title, ["system", "ms", "10 % to 90 %", "host us", "faster", "TFLOP/s", "GB/s", "of roofline"], lines)
+    )
     for name, found in {"": row, **row["systems"]}.items():
         if found["error"]:
             console.print(f"  {name}{': ' if name else ''}{found['error']}", markup=False, soft_wrap=True)
@@ -163,14 +166,15 @@ def print_bench_row(console: Console, row: Mapping[str, Any]) -> None:
 def _system_cells(found: Mapping[str, Any], base: Mapping[str, Any] | None) -> list[str]:
     timing = found["timing"]
     if not timing:
-        return ["-"] * 6
+        return ["-"] * 7
     milliseconds = timing["median_ms"]
     faster = f"{base['median_ms'] / milliseconds:.2f}" if base else "-"
     rates = ["-", "-", "-"]
     if "least_ms" in found:
         flops = f"{found['tflops']:.3g}" if found["flops"] else "-"
         rates = [flops, f"{found['gbytes_per_s']:.4g}", f"{found['roofline_share']:.0%}"]
-    return [f"{milliseconds:.4f}", f"{timing['p10_ms']:.4f} to {timing['p90_ms']:.4f}", faster, *rates]
+    host = "-" if timing["host_us"] is None else f"{timing['host_us']:.0f}"
+    return [f"{milliseconds:.4f}", f"{timing['p10_ms']:.4f} to {timing['p90_ms']:.4f}", host, faster, *rates]
 
 
 def print_bench(console: Console, results: Mapping[str, Any]) -> None:

@@ -108,14 +108,12 @@ def _shapes(bench: Bench) -> Iterator[AttentionShape]:
     for frames in (18, 53):
         for heads in (12, 40):
             spec = HistorySpec((frames,), 1560, heads)
-            for queries in (16, 64, 1560, 4680, 9360):
+            for queries in (1, 16, 64, 1560, 4680, 9360):
                 yield AttentionShape(queries, spec, heads, _video_bounds(queries, heads), queries >= 1560)
             spec = HistorySpec((frames,), 1560, heads, rope=True)
             yield AttentionShape(4680, spec, heads, ("staged, RoPE on read",))
     for heads in (8, 32):
         yield AttentionShape(1, HistorySpec((32,) * 8, 1024, heads), 32, ("direct, 1 query",))
-    for frames in (18, 53):
-        yield AttentionShape(1, HistorySpec((frames,), 1560, 12), 12)
     for dim, heads in ((64, 24), (256, 6)):
         for queries in (16, 4680):
             yield AttentionShape(queries, HistorySpec((18,), 1560, heads, dim), heads)
@@ -125,7 +123,7 @@ def _shapes(bench: Bench) -> Iterator[AttentionShape]:
 
 def _video_bounds(queries: int, heads: int) -> tuple[str, ...]:
     if queries <= FEW_QUERIES:
-        return ("direct, 16-64 queries",)
+        return ("direct, 16-64 queries",) if queries > 1 else ()
     read = ("released read + cuDNN", "released read, its attention")
     if queries == 1560:
         return ("staged, 1,560 queries", *read)

@@ -28,7 +28,7 @@ def ragged_cases(bench: Bench) -> Iterator[Case]:
         )
     about = {"queries": queries, "keys": spec.keys, "q_heads": spec.heads, "kv_heads": spec.heads,
              "head_dim": spec.head_dim, "format": spec.format, "page_tokens": spec.tokens}  # fmt: skip
-    name = f"{len(spec.frames)} streams of different lengths, {queries} queries each"
+    name = f"{len(spec.frames)} streams of different lengths, {queries:,} queries each"
     bounds = ("ragged against single calls", "ragged against equal streams")
     yield Case(
         "attention", name, about, _ragged_systems(bench, queries, spec, even), path_name(AttentionPath.AUTO), bounds

@@ -14,7 +14,7 @@ from bench.timing import Clock, Timing
 
 __all__ = ["Case", "Gate", "System", "median_ms", "run_case"]
 
-TRACE_LINES = 4
+TOLD = 160
 
 
 @dataclass(frozen=True)
@@ -147,5 +147,5 @@ def _told(error: Exception) -> str:
     """One line that says what and where."""
     where = traceback.extract_tb(error.__traceback__)
     place = f" ({where[-1].filename.rsplit('/', 1)[-1]}:{where[-1].lineno})" if where else ""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {' '.join(text[:TRACE_LINES])}{place}"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= TOLD else text[:TOLD] + ' ...'}{place}"

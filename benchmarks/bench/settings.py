@@ -49,6 +49,8 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.device = torch.device(self.options.device)
+        if self.device == torch.device("cuda") and torch.cuda.is_available():
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self._history: History | None = None
 
     @property

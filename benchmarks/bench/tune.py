@@ -3,7 +3,6 @@
 import gc
 import time
 from collections.abc import Callable, Iterator
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -58,14 +57,13 @@ def tune(options: BenchOptions, tell: Tell) -> DispatchTable:
     torch.manual_seed(options.seed)
     bench = Bench(options)
     rows = []
-    for spec, points in groupby(grid(bench), key=lambda point: point[0]):
-        for _, heads, queries in points:
-            if options.seconds is not None and time.monotonic() - start > options.seconds:
-                break
-            row = _measure(bench, spec, heads, queries)
-            if row.milliseconds:
-                rows.append(row)
-                tell(row)
+    for spec, heads, queries in grid(bench):
+        if options.seconds is not None and time.monotonic() - start > options.seconds:
+            break
+        row = _measure(bench, spec, heads, queries)
+        if row.milliseconds:
+            rows.append(row)
+            tell(row)
     return DispatchTable(device=device_name(bench.device) if bench.device.type == "cuda" else "cpu", rows=tuple(rows))
 
 
