@@ -5,6 +5,7 @@ chunk's length on a grid of their own, each quantised as soon as it is full. On 
 are in ``CacheConfig.demote_to``.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 from qvg_paged.config import CacheConfig, ModelSpec, Rung, Window
@@ -74,6 +75,11 @@ class SqueezedTimeline(Timeline):
         if self.rung is Rung.SPANS:
             return Demand(dense, 0, len(books) + closing, pages)
         return Demand(dense, pages, len(books) + closing)
+
+    def _decisive(self, chunk_frames: int, last: int) -> Iterable[int]:
+        """All of them: spans and cells do not repeat themselves with one period."""
+        del chunk_frames
+        return range(last)
 
     def _span_of(self, frame: int) -> int:
         assert self.span_frames is not None

@@ -4,7 +4,9 @@ Everything here is a pure function of the count of committed frames, so the stor
 admission all follow the same rules.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from qvg_paged.config import Window
 from qvg_paged.errors import ConfigError
@@ -118,7 +120,10 @@ class Timeline:
         end = first + closed * span
         sink_frames = range(first, min(sink, end))
         newest_frames = range(max(oldest, first), min(committed, end))
-        live = len({(f - first) // span for r in (sink_frames, newest_frames) for f in (*r[::span], *r[-1:])})
+        live = _blocks(range(sink_frames.start - first, sink_frames.stop - first), span)
+        seen = sink_frames.stop - 1 - first if sink_frames else -1
+        after = max(newest_frames.start - first, (seen // span + 1) * span)
+        live += _blocks(range(after, max(after, newest_frames.stop - first)), span)
         quantised = len(sink_frames) + len(newest_frames)
         return Demand(kept - quantised + chunk_frames, quantised + closing * span, live + closing)
 
@@ -128,7 +133,25 @@ class Timeline:
         steady = self.first_span + window.sink_frames + window.recent_frames + window.retrieval_frames + 3 * span
         last = steady + chunk_frames if total_frames is None else min(total_frames, steady + chunk_frames)
         worst = Demand()
-        for committed in range(max(last, 1)):
+        for committed in self._decisive(chunk_frames, max(last, 1)):
             frames = chunk_frames if total_frames is None else min(chunk_frames, total_frames - committed)
             worst = worst.most(self.demand(committed, max(frames, 1)))
         return worst
+
+    def _decisive(self, chunk_frames: int, last: int) -> Iterable[int]:
+        """Counts of committed frames below `last` among which every kind of object is at its most.
+
+        Unquantised pages are most while the first span fills. All else grows until the window is full, and from there
+        on repeats itself with every span. So the cost does not depend on the window, which comes with a request.
+        """
+        window, span = self.window, self.span_frames or 1
+        filling = self.first_span + window.bf16_recent
+        full = window.sink_frames + window.recent_frames + window.retrieval_frames
+        head = range(max(0, filling - chunk_frames), min(last, filling + 2 * span + chunk_frames))
+        tail = range(max(0, min(full, last) - 2 * span - chunk_frames), min(last, full + 3 * span + 2 * chunk_frames))
+        return chain(head, tail)
+
+
+def _blocks(frames: range, span: int) -> int:
+    """Blocks of `span` frames that these frames, counted from the first block on, touch."""
+    return frames[-1] // span - frames[0] // span + 1 if frames else 0

@@ -102,6 +102,28 @@ def test_the_worst_case_is_reached_and_no_larger_than_needed(timeline: Timeline,
     assert reached == worst
 
 
+@settings(max_examples=300, deadline=None)
+@given(timelines(), st.integers(1, 5), st.none() | st.integers(1, 80))
+def test_the_worst_case_is_that_of_all_counts_of_frames(timeline: Timeline, chunk: int, total: int | None) -> None:
+    """What `worst_demand` finds by looking at a few counts, against looking at all of them."""
+    worst = Demand()
+    for committed in range(120 if total is None else total):
+        worst = worst.most(timeline.demand(committed, chunk if total is None else min(chunk, total - committed)))
+    assert timeline.worst_demand(chunk, total) == worst
+
+
+@pytest.mark.parametrize("frames", [None, 1 << 31])
+def test_a_window_of_any_size_is_reckoned_at_once(frames: int | None) -> None:
+    """A request names the window; it must not be able to keep the scheduler busy."""
+    newest, sink = 1 << 30, 1 << 29
+    worst = Timeline(Window(recent_frames=newest, sink_frames=sink), 16).worst_demand(4, frames)
+    assert newest + sink <= worst.quantised_pages <= newest + sink + 16
+    assert worst.codebooks >= worst.quantised_pages // 16
+    assert worst.dense_pages == 15 + 4
+    pinned = Timeline(Window(recent_frames=newest, sink_frames=sink, bf16_sink=True), 16).worst_demand(4, frames)
+    assert pinned.dense_pages == sink + 15 + 4
+
+
 def test_a_longer_stream_never_needs_less() -> None:
     timeline = Timeline(Window(sink_frames=2, recent_frames=9, bf16_recent=2), 4)
     demands = [timeline.worst_demand(3, frames) for frames in range(1, 50)]
