@@ -155,9 +155,7 @@ def print_bench_row(console: Console, row: Mapping[str, Any]) -> None:
     base = row["systems"].get(row["baseline"], {}).get("timing")
     lines = [[name, *_system_cells(found, base)] for name, found in row["systems"].items()]
     title = f"{row['part']}: {row['name']}"
-    console.print(
-        table(title, ["system", "ms", "10 % to 90 %", "host us", "faster", "TFLOP/s", "GB/s", "of roofline"], lines)
-    )
+    console.print(table(title, BENCH_COLUMNS, lines))
     for name, found in {"": row, **row["systems"]}.items():
         if found["error"]:
             console.print(f"  {name}{': ' if name else ''}{found['error']}", markup=False, soft_wrap=True)
