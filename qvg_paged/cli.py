@@ -1,7 +1,7 @@
-"""The command line: ``qvg-paged demo``, ``eval``, ``bench``, ``info`` and ``top``.
+"""The command line: ``qvg-paged demo``, ``eval``, ``bench``, ``stress``, ``info`` and ``top``.
 
-`demo`, `eval` and `bench` run code of a checkout's ``benchmarks`` folder, which is not installed; this is the only
-module that imports upward.
+`demo`, `eval`, `bench` and `stress` run code of a checkout's ``benchmarks`` folder, which is not installed; this is
+the only module that imports upward.
 """
 
 import importlib
@@ -32,6 +32,7 @@ from qvg_paged.console import (
 from qvg_paged.errors import ConfigError, QvgPagedError
 from qvg_paged.kernels.formats import FORMATS
 from qvg_paged.machine import describe_formats, describe_machine, describe_paths
+from qvg_paged.stress_command import make_app
 
 __all__ = ["app"]
 
@@ -86,6 +87,9 @@ def _benchmark(name: str) -> Any:
         if error.name in BENCH_PACKAGES:
             raise ConfigError(f"{error.name}: expected to be installed; pip install 'qvg-paged[bench]'") from None
         raise
+
+
+app.add_typer(make_app(_benchmark, _errors), name="stress")
 
 
 @app.command()

@@ -26,6 +26,7 @@ class Injector:
 
     Attributes:
         active: whether faults still happen.
+        broken: fault of each stream that the latest plan's engine fails.
     """
 
     def __init__(self, run: "Simulator") -> None:
@@ -33,6 +34,7 @@ class Injector:
         self._rates = run.scenario.faults
         self._old: tuple[Plan, str] | None = None
         self.active = True
+        self.broken: dict[str, str] = {}
 
     def stop(self) -> None:
         """Faults stop; memory and quotas are as in the beginning."""
@@ -55,32 +57,38 @@ class Injector:
     def break_chunks(self, plan: Plan, committed: dict[str, int]) -> dict[str, str]:
         """Chunks that come to nothing, in `committed`, and streams that break, as the answer."""
         failed: dict[str, str] = {}
+        self.broken = {}
         if not self.active:
             return failed
         names = sorted(committed)
         if names and self._draw("out of memory"):
             for name in names[self._rng.randrange(len(names)) :]:
                 self._hit("out of memory", name)
-                committed[name] = 0
+                self._break(name, "out of memory", committed)
         for fault, breaks in BREAKING.items():
             if names and self._draw(fault):
                 name = self._rng.choice(names)
                 self._hit(fault, name)
-                committed[name] = 0
+                self._break(name, fault, committed)
                 if breaks:
                     failed[name] = f"{fault}\n"
         for fault in RESUMING:
             if plan.resumed and self._draw(fault):
                 name = self._rng.choice(plan.resumed).stream_id
                 self._hit(fault, name, "resuming")
-                committed[name] = 0
+                self._break(name, fault, committed)
                 failed[name] = fault
         for fault in ("park fails", "disk full"):
             if plan.parked and self._draw(fault):
                 name = self._rng.choice(plan.parked).stream_id
                 self._hit(fault, name, "parking")
+                self.broken[name] = fault
                 failed[name] = fault
         return failed
+
+    def _break(self, name: str, fault: str, committed: dict[str, int]) -> None:
+        committed[name] = 0
+        self.broken[name] = fault
 
     def inject(self, plan: Plan | None) -> None:
         """Faults that come from outside, between two plans (None) or while one is carried out."""

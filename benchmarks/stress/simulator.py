@@ -161,14 +161,12 @@ class Simulator:
     def _carry_out(self, plan: Plan) -> None:
         """What an engine does with a plan, and what can go wrong while it does."""
         for decision in (*plan.finished, *plan.rejected):
-            self.open.pop(decision.stream_id, None)
-            self.on_host.discard(decision.stream_id)
-            del self.requests[decision.stream_id]
-            self.gone.append(decision.stream_id)
-        seconds = self._move(plan)
-        self._note_memory(plan)
+            self._close(decision.stream_id)
         committed = {decision.stream_id: len(decision.frames or ()) for decision in plan.running}
         failed = self.faults.break_chunks(plan, committed)
+        seconds = self._move(plan)
+        self._note_memory(plan)
+        self._generate(plan)
         self.clock.now += seconds + self.scenario.costs.batch(len(plan.running))
         if not plan.running:
             self._wait()
@@ -179,6 +177,16 @@ class Simulator:
         for stream_id, frames in committed.items():
             self.open[stream_id] += frames
         self.note("clock", ("t", self.clock.now), ("moved", seconds))
+
+    def _close(self, name: str) -> None:
+        """A stream is over."""
+        self.open.pop(name, None)
+        self.on_host.discard(name)
+        del self.requests[name]
+        self.gone.append(name)
+
+    def _generate(self, plan: Plan) -> None:
+        """The work, of which the simulation has none."""
 
     def _move(self, plan: Plan) -> float:
         """Park, resume and open; the seconds that the transfers take."""
