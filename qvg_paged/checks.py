@@ -1,4 +1,4 @@
-"""Checks of tensors at the boundary: every message says argument, expectation and value."""
+"""Checks of tensors and names at the boundary: every message says argument, expectation and value."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,10 @@ import torch
 from qvg_paged.config import ModelSpec
 from qvg_paged.errors import ArgumentError
 
-__all__ = ["check_kv", "check_layer", "check_queries"]
+__all__ = ["check_kv", "check_layer", "check_name", "check_queries", "shown"]
+
+MAX_NAME = 256
+MAX_SHOWN = 120
 
 
 def check_layer(layer: int, model: ModelSpec) -> None:
@@ -41,3 +44,20 @@ def check_queries(q: torch.Tensor, tokens: int, model: ModelSpec, device: torch.
     """Raise unless `q` fits `tokens` tokens of the model."""
     dtypes = [torch.bfloat16, torch.float16, torch.float32]
     _check("q", q, (tokens, model.query_heads, model.head_dim), dtypes, device)
+
+
+def shown(value: object) -> str:
+    """A value for a message: whatever it is, one short line."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
+
+
+def check_name(name: str, value: object) -> None:
+    """Raise `ArgumentError` unless `value` can name a stream or a tenant. A subclass of str may compare as it likes."""
+    if type(value) is not str or not 1 <= len(value) <= MAX_NAME:
+        got = f"{len(value)} characters" if isinstance(value, str) and len(value) > MAX_NAME else shown(value)
+        kind = "" if type(value) is str or not isinstance(value, str) else f", a {type(value).__name__}; use str()"
+        raise ArgumentError(f"{name}: expected a non-empty string of up to {MAX_NAME} characters, got {got}{kind}")

@@ -15,7 +15,7 @@ import torch
 
 from qvg_paged.begin import begin_chunks
 from qvg_paged.budget import Budget, object_counts, object_sizes, page_layouts, stream_timeline
-from qvg_paged.checks import check_kv, check_layer, check_queries
+from qvg_paged.checks import check_kv, check_layer, check_name, check_queries
 from qvg_paged.chunk import Chunk, ChunkState
 from qvg_paged.commit import commit_chunks
 from qvg_paged.config import CacheConfig, ModelSpec, QualityFloor, Rung, Window
@@ -132,8 +132,8 @@ class KVCacheManager:
             return self._add(Stream(self, stream_id, tenant, timeline, floor))
 
     def _add(self, stream: Stream) -> Stream:
-        if not isinstance(stream.id, str) or not stream.id:
-            raise ArgumentError(f"stream_id: expected a non-empty string, got {stream.id!r}")
+        check_name("stream_id", stream.id)
+        check_name("tenant", stream.tenant)
         if stream.id in self.streams:
             raise ArgumentError(f"stream_id: expected an id not in use, got {stream.id!r}; close that stream first")
         self.streams[stream.id] = stream

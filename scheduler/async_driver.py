@@ -20,6 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from qvg_paged.errors import ArgumentError, StateError
 from qvg_paged.scheduler.async_stream import AsyncStream, Feed
+from qvg_paged.scheduler.checks import check_integer, check_kind, check_number
 from qvg_paged.scheduler.errors import RefusedError
 from qvg_paged.scheduler.plan import Decision, Outcome, Plan
 from qvg_paged.scheduler.request import StreamRequest
@@ -77,7 +78,7 @@ class AsyncScheduler(Generic[T]):
         poll_seconds: how long to wait before trying again when nothing can move.
 
     Raises:
-        ArgumentError: `poll_seconds` is not positive.
+        ArgumentError: something else than a scheduler, or `poll_seconds` is not positive.
     """
 
     def __init__(
@@ -88,8 +89,8 @@ class AsyncScheduler(Generic[T]):
         clock: Callable[[], float] = time.monotonic,
         poll_seconds: float = 0.05,
     ) -> None:
-        if not poll_seconds > 0:
-            raise ArgumentError(f"poll_seconds: expected a positive number, got {poll_seconds!r}")
+        check_kind("scheduler", scheduler, Scheduler)
+        check_number("poll_seconds", poll_seconds, 1e-6, 1e6, "a number from 1e-6 to 1e6")
         self.scheduler = scheduler
         self._engine, self._clock, self._poll = engine, clock, poll_seconds
         self._feeds: dict[str, Feed[T]] = {}
@@ -145,10 +146,8 @@ class AsyncScheduler(Generic[T]):
             StateError: not in the driver's event loop, or the driver has stopped.
         """
         self._check_place("submit")
-        if isinstance(buffer, bool) or not isinstance(buffer, int) or buffer < 0:
-            raise ArgumentError(f"buffer: expected an integer >= 0, got {buffer!r}")
-        if not isinstance(request, StreamRequest):
-            raise ArgumentError(f"request: expected a StreamRequest, got {type(request).__name__}")
+        check_integer("buffer", buffer, 0)
+        check_kind("request", request, StreamRequest)
         if request.id in self._feeds:
             raise ArgumentError(f"id: expected one that is not in use, got {request.id!r}")
         feed: Feed[T] = Feed(buffer, self._wake)

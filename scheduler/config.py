@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from qvg_paged.errors import ArgumentError
+from qvg_paged.scheduler.checks import check_integer, check_kind, check_number, shown
 from qvg_paged.scheduler.tenant import TenantSpec
 
 __all__ = ["Reservation", "SchedulerConfig"]
@@ -62,14 +63,12 @@ class SchedulerConfig:
         if self.max_running is not None:
             least["max_running"] = 1
         for name, bound in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-                raise ArgumentError(f"{name}: expected an integer >= {bound}, got {value!r}")
-        if not 0 <= self.headroom < 1:
-            raise ArgumentError(f"headroom: expected a share from 0 to below 1, got {self.headroom!r}")
+            check_integer(name, getattr(self, name), bound)
+        if not isinstance(self.no_preemption, bool):
+            raise ArgumentError(f"no_preemption: expected True or False, got {shown(self.no_preemption)}")
+        check_number("headroom", self.headroom, 0, math.nextafter(1, 0), "a share from 0 to below 1")
+        check_kind("default_tenant", self.default_tenant, TenantSpec)
         for name in ("chunk_cost", "pool_second_cost", "longest_charge"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ArgumentError(f"{name}: expected a finite number >= 0, got {value!r}")
-        if self.policy_seconds is not None and not 0 < self.policy_seconds < math.inf:
-            raise ArgumentError(f"policy_seconds: expected a positive number or None, got {self.policy_seconds!r}")
+            check_number(name, getattr(self, name), 0, 1e12, "a finite number from 0 to 1e12")
+        if self.policy_seconds is not None:
+            check_number("policy_seconds", self.policy_seconds, 1e-9, 1e9, "a positive number up to 1e9, or None")

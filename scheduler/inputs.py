@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from qvg_paged.errors import ArgumentError
+from qvg_paged.scheduler.checks import check_kind, check_name, shown
 from qvg_paged.scheduler.plan import Decision, Outcome, Plan, Reason
 from qvg_paged.scheduler.request import StreamRequest, StreamState
 from qvg_paged.scheduler.state import HISTORY, Entry, Rules, State
@@ -90,6 +91,7 @@ def apply(rules: Rules, state: State, event: Input) -> Decision | None:
 
 
 def _submit(rules: Rules, state: State, request: StreamRequest) -> Decision:
+    check_kind("request", request, StreamRequest)
     old = state.find(request.id)
     if old is not None and request.id not in state.done and not old.decision.reason.is_refusal:
         raise ArgumentError(f"id: expected one that is not in use, got {request.id!r}, {old.state.value}")
@@ -154,9 +156,7 @@ def _make_room(rules: Rules, state: State) -> bool:
 
 
 def _cancel(state: State, stream_id: str) -> Decision:
-    entry = state.find(stream_id)
-    if entry is None:
-        raise ArgumentError(f"stream_id: expected a submitted stream, got {stream_id!r}")
+    entry = state.named(stream_id)
     if not entry.state.is_final:
         text = f"cancelled at frame {entry.committed} of {entry.request.frames}"
         unopened = entry.state is StreamState.QUEUED
@@ -165,8 +165,8 @@ def _cancel(state: State, stream_id: str) -> Decision:
 
 
 def _set_tenant(rules: Rules, state: State, name: str, spec: TenantSpec) -> None:
-    if not isinstance(name, str) or not name:
-        raise ArgumentError(f"tenant: expected a non-empty string, got {name!r}")
+    check_name("tenant", name)
+    check_kind("spec", spec, TenantSpec)
     old = state.tenants.get(name)
     others = sum(t.spec.floor_nbytes for other, t in state.tenants.items() if other != name)
     room = rules.cache.pool_nbytes - others
@@ -187,7 +187,7 @@ def _set_tenant(rules: Rules, state: State, name: str, spec: TenantSpec) -> None
 def _limit(rules: Rules, state: State, nbytes: int | None) -> None:
     pool = rules.cache.pool_nbytes
     if nbytes is not None and (isinstance(nbytes, bool) or not isinstance(nbytes, int) or not 0 <= nbytes <= pool):
-        raise ArgumentError(f"nbytes: expected None or 0 to {pool} bytes, got {nbytes!r}")
+        raise ArgumentError(f"nbytes: expected None or 0 to {pool} bytes, got {shown(nbytes)}")
     state.limit = None if nbytes == pool else nbytes
 
 
@@ -221,14 +221,18 @@ def _fail(state: State, entry: Entry, failed: Mapping[str, str]) -> None:
 
 
 def _check_outcome(plan: Plan, outcome: Outcome) -> None:
+    check_kind("outcome", outcome, Outcome)
     planned = {decision.stream_id: len(decision.frames or ()) for decision in plan.running}
     may_fail = set(planned) | {decision.stream_id for decision in plan.parked}
     for name, ids, known in (("committed", outcome.committed, set(planned)), ("failed", outcome.failed, may_fail)):
-        unknown = sorted(set(ids) - known)
+        check_kind(f"outcome.{name}", ids, Mapping)
+        unknown = sorted(map(shown, set(ids) - known))
         if unknown:
-            raise ArgumentError(f"outcome.{name}: expected running streams of the plan, got {unknown}")
+            raise ArgumentError(f"outcome.{name}: expected running streams of the plan, got [{', '.join(unknown)}]")
     for stream_id, frames in outcome.committed.items():
         if isinstance(frames, bool) or not isinstance(frames, int) or not 0 <= frames <= planned[stream_id]:
-            raise ArgumentError(
-                f"outcome.committed[{stream_id!r}]: expected 0 to {planned[stream_id]} frames, got {frames!r}"
-            )
+            most = planned[stream_id]
+            raise ArgumentError(f"outcome.committed[{stream_id!r}]: expected 0 to {most} frames, got {shown(frames)}")
+    for stream_id, text in outcome.failed.items():
+        if not isinstance(text, str):
+            raise ArgumentError(f"outcome.failed[{stream_id!r}]: expected what went wrong in words, got {shown(text)}")

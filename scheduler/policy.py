@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from itertools import accumulate, repeat
 from math import inf
 from operator import attrgetter
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from qvg_paged.scheduler.checks import check_number
 from qvg_paged.scheduler.request import StreamState
 from qvg_paged.scheduler.view import StreamView, SystemView
 
@@ -15,6 +16,7 @@ __all__ = ["FCFS", "EarliestDeadline", "FairShare", "Policy", "Priority"]
 ID = attrgetter("id")
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Two questions. A policy can make the system slow, never wrong.
 
@@ -58,6 +60,7 @@ class Priority:
     """
 
     def __init__(self, aging_seconds: float = 30.0) -> None:
+        check_number("aging_seconds", aging_seconds, 1e-6, 1e9, "a number from 1e-6 to 1e9")
         self.aging_seconds = aging_seconds
 
     def rank(self, view: SystemView) -> Sequence[str]:
@@ -87,6 +90,7 @@ class FairShare:
     """
 
     def __init__(self, quantum: float = 2.0) -> None:
+        check_number("quantum", quantum, 0, 1e9, "a number from 0 to 1e9")
         self.quantum = quantum
 
     def rank(self, view: SystemView) -> Sequence[str]:
@@ -122,6 +126,8 @@ class EarliestDeadline:
     """
 
     def __init__(self, startup: float = 2.0, patience: float = 60.0, margin: float = 4.0) -> None:
+        for name, value in (("startup", startup), ("patience", patience), ("margin", margin)):
+            check_number(name, value, 0, 1e9, "a number from 0 to 1e9")
         self.startup = startup
         self.patience = patience
         self.margin = margin

@@ -4,13 +4,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 from qvg_paged.config import Window
-from qvg_paged.errors import ArgumentError
+from qvg_paged.scheduler.checks import MAX_COUNT, check_integer, check_kind, check_name
 from qvg_paged.scheduler.tenant import check_fps
 
 __all__ = ["StreamRequest", "StreamState"]
-
-MAX_COUNT = 1 << 31
-MAX_NAME = 256
 
 
 class StreamState(Enum):
@@ -54,17 +51,10 @@ class StreamRequest:
     branches: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("id", "tenant"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not 1 <= len(value) <= MAX_NAME:
-                shown = f"{len(value)} characters" if isinstance(value, str) else repr(value)
-                raise ArgumentError(f"{name}: expected a non-empty string of up to {MAX_NAME} characters, got {shown}")
-        for name in ("frames", "branches"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ArgumentError(f"{name}: expected an integer >= 1, got {value!r}")
-            if value > MAX_COUNT:
-                raise ArgumentError(f"{name}: expected at most {MAX_COUNT}, got {value}")
-        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
-            raise ArgumentError(f"priority: expected an integer, got {self.priority!r}")
+        check_name("id", self.id)
+        check_name("tenant", self.tenant)
+        check_integer("frames", self.frames, 1)
+        check_kind("window", self.window, Window)
         check_fps(self.deadline_fps)
+        check_integer("priority", self.priority, -MAX_COUNT)
+        check_integer("branches", self.branches, 1)

@@ -9,6 +9,7 @@ from random import Random
 from qvg_paged.errors import ArgumentError, StateError
 from qvg_paged.scheduler.admission import Books
 from qvg_paged.scheduler.backend import CacheBackend
+from qvg_paged.scheduler.checks import check_integer, check_kind, check_number, shown
 from qvg_paged.scheduler.config import Reservation, SchedulerConfig
 from qvg_paged.scheduler.core import decide
 from qvg_paged.scheduler.guard import InPlace, OutsideLock, PolicyGuard, Runner, Worker
@@ -24,6 +25,8 @@ from qvg_paged.scheduler.view import SystemView
 
 __all__ = ["Scheduler"]
 
+MAX_SEED = 1 << 64
+LONGEST = 1e15
 OWN = (FCFS, Priority, FairShare, EarliestDeadline)
 
 
@@ -66,6 +69,11 @@ class Scheduler:
     ) -> None:
         policy = FCFS() if policy is None else policy
         config = SchedulerConfig() if config is None else config
+        check_kind("cache", cache, CacheBackend)
+        if isinstance(policy, type) or not isinstance(policy, Policy):
+            raise ArgumentError(f"policy: expected an object with rank and park, got {shown(policy)}")
+        check_kind("config", config, SchedulerConfig)
+        check_integer("seed", seed, -MAX_SEED, MAX_SEED)
         self._rules = Rules(config, cache)
         self._foreign = type(policy) not in OWN
         trusted = runner is None and not self._foreign
@@ -165,8 +173,8 @@ class Scheduler:
         with self._lock:
             if self._plan is not None and (self._plan.running or self._plan.parked):
                 raise StateError(f"step: expected update(plan, outcome) of step {self._plan.step} first")
-            if not (math.isfinite(now) and now >= self._state.now):
-                raise ArgumentError(f"now: expected a finite time not before {self._state.now}, got {now}")
+            earliest = max(self._state.now, -LONGEST)
+            check_number("now", now, earliest, LONGEST, f"a finite time not before {self._state.now}")
             began = time.perf_counter() if self._observers else 0.0
             self._guard.begin()
             self._state, self._plan = decide(self._rules, self._state, (), now, self._rng, self._guard)
@@ -184,6 +192,7 @@ class Scheduler:
             ArgumentError: `outcome` does not fit the plan; nothing changed.
         """
         with self._lock:
+            check_kind("plan", plan, Plan)
             if plan is not self._plan:
                 raise StateError(f"plan: expected the latest plan, not reported yet, got that of step {plan.step}")
             self._apply(Report(plan, outcome))
@@ -220,8 +229,8 @@ class Scheduler:
             ArgumentError: unknown tenant.
         """
         with self._lock:
-            if tenant not in self._state.tenants:
-                raise ArgumentError(f"tenant: expected one that is configured or has streams, got {tenant!r}")
+            if not isinstance(tenant, str) or tenant not in self._state.tenants:
+                raise ArgumentError(f"tenant: expected one that is configured or has streams, got {shown(tenant)}")
             return self._state.tenants[tenant].service
 
     def snapshot(self) -> SystemView:
@@ -254,10 +263,7 @@ class Scheduler:
 
     def _entry(self, stream_id: str) -> Entry:
         with self._lock:
-            entry = self._state.find(stream_id)
-            if entry is None:
-                raise ArgumentError(f"stream_id: expected a submitted stream, got {stream_id!r}")
-            return entry
+            return self._state.named(stream_id)
 
     def _single(self, event: Input) -> Decision:
         decision = self._apply(event)

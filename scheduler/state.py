@@ -8,7 +8,9 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
+from qvg_paged.errors import ArgumentError
 from qvg_paged.scheduler.backend import CacheBackend, ParkingBackend
+from qvg_paged.scheduler.checks import shown
 from qvg_paged.scheduler.config import Reservation, SchedulerConfig
 from qvg_paged.scheduler.plan import Decision, Reason
 from qvg_paged.scheduler.request import StreamRequest, StreamState
@@ -206,6 +208,17 @@ class State:
             if stream_id in group:
                 return group[stream_id]
         return None
+
+    def named(self, stream_id: str) -> Entry:
+        """The stream of that name.
+
+        Raises:
+            ArgumentError: there is none.
+        """
+        entry = self.find(stream_id) if isinstance(stream_id, str) else None
+        if entry is None:
+            raise ArgumentError(f"stream_id: expected a submitted stream, got {shown(stream_id)}")
+        return entry
 
     def waiting(self) -> list[Entry]:
         """Queued and parked streams in order of arrival."""

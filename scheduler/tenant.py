@@ -1,11 +1,12 @@
 """Tenants: what they may hold, what they are due, what they have had."""
 
-import math
 from dataclasses import dataclass
 
-from qvg_paged.errors import ArgumentError
+from qvg_paged.scheduler.checks import MAX_COUNT, check_integer, check_number
 
 __all__ = ["Tenant", "TenantSpec"]
+
+MAX_NBYTES = 1 << 63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +30,12 @@ class TenantSpec:
     deadline_fps: float | None = None
 
     def __post_init__(self) -> None:
-        if not _is_number(self.weight) or not 1e-6 <= self.weight <= 1e6:
-            raise ArgumentError(f"weight: expected a number from 1e-6 to 1e6, got {self.weight!r}")
-        _check_count("floor_nbytes", self.floor_nbytes, 0)
+        check_number("weight", self.weight, 1e-6, 1e6, "a number from 1e-6 to 1e6")
+        check_integer("floor_nbytes", self.floor_nbytes, 0, MAX_NBYTES)
         if self.ceiling_nbytes is not None:
-            _check_count("ceiling_nbytes", self.ceiling_nbytes, max(1, self.floor_nbytes))
-        _check_count("max_queued", self.max_queued, 0)
-        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
-            raise ArgumentError(f"priority: expected an integer, got {self.priority!r}")
+            check_integer("ceiling_nbytes", self.ceiling_nbytes, max(1, self.floor_nbytes), MAX_NBYTES)
+        check_integer("max_queued", self.max_queued, 0)
+        check_integer("priority", self.priority, -MAX_COUNT)
         check_fps(self.deadline_fps)
 
 
@@ -61,14 +60,5 @@ class Tenant:
 
 def check_fps(value: float | None) -> None:
     """Raise `ArgumentError` unless `value` is a play-out rate or None."""
-    if value is not None and not (_is_number(value) and 0 < value < math.inf):
-        raise ArgumentError(f"deadline_fps: expected a positive number or None, got {value!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name}: expected an integer >= {least}, got {value!r}")
+    if value is not None:
+        check_number("deadline_fps", value, 1e-6, 1e6, "a positive number from 1e-6 to 1e6, or None")

@@ -206,7 +206,7 @@ def test_a_request_that_is_refused_or_known_is_an_error_at_once() -> None:
         for bad in (-1, True, 1.0):
             with pytest.raises(ArgumentError, match="buffer: expected an integer >= 0"):
                 driver.submit(request("b"), buffer=bad)  # type: ignore[arg-type]
-        with pytest.raises(ArgumentError, match="request: expected a StreamRequest, got str"):
+        with pytest.raises(ArgumentError, match="request: expected a StreamRequest, got 'b'"):
             driver.submit("b")  # type: ignore[arg-type]
         assert len(await stream) == 1
         await driver.drain()
