@@ -3,7 +3,8 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +32,24 @@ class FormatGroup:
     indptr: torch.Tensor
     host_indptr: tuple[int, ...]
     order: tuple[int, ...]
+
+
+ALIGNMENT = 4
+"""Numbers of four bytes: every plane of an upload starts at a multiple of 16 bytes, as a tensor of its own would."""
+N = TypeVar("N", int, float)
+
+
+def _padded(values: list[N]) -> list[N]:
+    return values + [values[0]] * (-len(values) % ALIGNMENT)
+
+
+def _taken(plane: torch.Tensor, sizes: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Tensors of so many elements from the front of `plane`, and what is left of it."""
+    taken = []
+    for size in sizes:
+        taken.append(plane[:size])
+        plane = plane[size + -size % ALIGNMENT :]
+    return taken, plane
 
 
 @dataclass(frozen=True)
@@ -81,27 +100,31 @@ class BlockTable:
 
     @cached_property
     def groups(self) -> dict[int, FormatGroup]:
-        """The entries by format index, uploaded once."""
-        return {fmt: self._group(fmt) for fmt in sorted(set(self.formats))}
+        """The entries by format index, uploaded once and together."""
+        orders = {fmt: tuple(i for i, f in enumerate(self.formats) if f == fmt) for fmt in sorted(set(self.formats))}
+        indptrs = {fmt: self._indptr(fmt, order) for fmt, order in orders.items()}
+        ints: list[int] = []
+        floats: list[float] = []
+        for fmt, order in orders.items():
+            for values in ([self.pages[i] for i in order], [self.codebooks[i] for i in order], indptrs[fmt]):
+                ints += _padded(values)
+            floats += _padded([self.positions[i] for i in order])
+        planes = torch.tensor(ints, dtype=torch.int32), torch.tensor(floats, dtype=torch.float32)
+        on_host = torch.cat([planes[0], planes[1].view(torch.int32)])
+        uploaded = on_host.to(self.device, non_blocking=True)
+        rest, positions = uploaded[: len(ints)], uploaded[len(ints) :].view(torch.float32)
+        groups = {}
+        for fmt, order in orders.items():
+            sizes = (len(order), len(order), len(indptrs[fmt]))
+            (pages, codebooks, indptr), rest = _taken(rest, sizes)
+            (where,), positions = _taken(positions, (len(order),))
+            groups[fmt] = FormatGroup(pages, codebooks, where, indptr, tuple(indptrs[fmt]), order)
+        return groups
 
-    def _group(self, fmt: int) -> FormatGroup:
-        order = tuple(i for i, f in enumerate(self.formats) if f == fmt)
-        indptr = [0]
-        for sequence in range(self.batch):
-            span = self.entries(sequence)
-            indptr.append(indptr[-1] + sum(1 for i in span if self.formats[i] == fmt))
-
-        def upload(values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor([values[i] for i in order], dtype=dtype).to(self.device, non_blocking=True)
-
-        return FormatGroup(
-            pages=upload(self.pages, torch.int32),
-            codebooks=upload(self.codebooks, torch.int32),
-            positions=upload(self.positions, torch.float32),
-            indptr=torch.tensor(indptr, dtype=torch.int32).to(self.device, non_blocking=True),
-            host_indptr=tuple(indptr),
-            order=order,
-        )
+    def _indptr(self, fmt: int, order: tuple[int, ...]) -> list[int]:
+        if self.batch == 1:
+            return [0, len(order)]
+        return list(accumulate((self.formats[a:b].count(fmt) for a, b in pairwise(self.indptr)), initial=0))
 
     def dense(self, fill: int = -1) -> torch.Tensor:
         """Page ids as ``[batch, longest]`` int32 on the host, padded with `fill`: the form LLM engines use."""

@@ -271,22 +271,22 @@ class PageLayout:
         key, value = part(fmt.key, split, key_pairing), part(fmt.value, False, None)
         return cls(format=fmt, num_layers=num_layers, key=key, value=value)
 
-    @property
+    @cached_property
     def layer_nbytes(self) -> int:
         """Bytes from one layer to the next inside a page."""
         return self.key.nbytes + self.value.nbytes
 
-    @property
+    @cached_property
     def codebook_layer_nbytes(self) -> int:
         """Bytes from one layer to the next inside a codebook."""
         return self.key.codebook_nbytes + self.value.codebook_nbytes
 
-    @property
+    @cached_property
     def page_nbytes(self) -> int:
         """Bytes of a page, a multiple of `GRANULE`."""
         return align(self.num_layers * self.layer_nbytes, GRANULE)
 
-    @property
+    @cached_property
     def codebook_nbytes(self) -> int:
         """Bytes of a codebook, a multiple of `GRANULE`; 0 if the format keeps nothing per span."""
         return align(self.num_layers * self.codebook_layer_nbytes, GRANULE)

@@ -8,7 +8,7 @@ from qvg_paged.chunk import Chunk
 from qvg_paged.compact import make_room
 from qvg_paged.errors import ArgumentError, StateError
 from qvg_paged.events import EventKind, fault_point
-from qvg_paged.kernels.block_table import BlockTable
+from qvg_paged.kernels.block_table import NO_CODEBOOK, BlockTable
 from qvg_paged.page import DENSE_FORMAT, QUANTISED_FORMAT
 from qvg_paged.scratch import ScratchWriter
 from qvg_paged.timeline import Demand, Timeline
@@ -84,11 +84,14 @@ def _begin(
     reservation = manager.store.reserve(stream.tenant, count, closing, timeline.closing_frames, timeline.closing_format)
     manager.encoder.order_after()
     pages = [stream.pages[frame] for frame in visible] + reservation.scratch
+    named = ((page.slot.id, page.codebook_id if page.codebook else NO_CODEBOOK, page.format) for page in pages)
+    ids, codebooks, formats = zip(*named, strict=True)
+    where = map(float, (*visible, *frames))
     table = BlockTable(
-        pages=tuple(page.id for page in pages),
-        codebooks=tuple(page.codebook_id for page in pages),
-        formats=tuple(page.format for page in pages),
-        positions=tuple(positions.get(frame, float(frame)) for frame in (*visible, *frames)),
+        pages=ids,
+        codebooks=codebooks,
+        formats=formats,
+        positions=tuple(where if not positions else (positions.get(int(frame), frame) for frame in where)),
         indptr=(0, len(pages)),
         device=manager.device,
     )

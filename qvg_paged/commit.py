@@ -1,6 +1,7 @@
 """Commit of chunks: check, encode what is full, then change the books in one go that cannot fail."""
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from qvg_paged.errors import NonFiniteError, StateError
 from qvg_paged.events import EventKind, fault_point
 from qvg_paged.kernels.layout import GRANULE
 from qvg_paged.page import DENSE_FORMAT, Page
+from qvg_paged.pool import byte_runs
 
 if TYPE_CHECKING:
     from qvg_paged.manager import KVCacheManager
@@ -73,17 +75,20 @@ def _commit(manager: "KVCacheManager", chunk: Chunk) -> None:
 
 
 def _not_finite(manager: "KVCacheManager", chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Chunks with NaN or infinity: a reduction per scratch page, whose minimum or maximum is NaN if any value is."""
+    """Chunks with NaN or infinity: a reduction per stretch of scratch, whose ends are NaN if any value is."""
     layout, buffer = manager.layouts[DENSE_FORMAT], manager.store.pool.buffer
+    payload = layout.num_layers * layout.layer_nbytes
     owners: list[Chunk] = []
     ends: list[torch.Tensor] = []
     for chunk in chunks:
-        for page in chunk.reservation.scratch:
-            start = page.id * GRANULE
-            values = buffer[start : start + layout.num_layers * layout.layer_nbytes].view(manager.model.dtype)
-            ends += values.aminmax()
+        slots = [page.slot for page in chunk.reservation.scratch]
+        whole = payload == layout.page_nbytes  # what follows the payload of a page is nobody's
+        stretches = byte_runs(slots) if whole else [(s.id * GRANULE, s.id * GRANULE + payload) for s in slots]
+        for start, stop in stretches:
+            ends += buffer[start:stop].view(manager.model.dtype).aminmax()
             owners.append(chunk)
-    finite = torch.stack(ends).isfinite().view(-1, 2).all(1).tolist()
+    found = torch.stack(ends).tolist()
+    finite = (isfinite(low) and isfinite(high) for low, high in zip(found[::2], found[1::2], strict=True))
     broken = {id(chunk) for chunk, good in zip(owners, finite, strict=True) if not good}
     return [chunk for chunk in chunks if id(chunk) in broken]
 

@@ -20,7 +20,7 @@ from qvg_paged.events import fault_point
 from qvg_paged.fence import Fence
 from qvg_paged.kernels.layout import GRANULE, align
 
-__all__ = ["SlabGeometry", "SlabPool", "Slot"]
+__all__ = ["SlabGeometry", "SlabPool", "Slot", "byte_runs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +86,16 @@ class SlabGeometry:
     def slabs_for(self, counts: Mapping[int, int]) -> int:
         """Slabs that `counts` objects (by size) need at most, whatever the order of frees."""
         return sum(-(-count // (self.slab_nbytes // size)) for size, count in counts.items() if count)
+
+
+def byte_runs(slots: Iterable[Slot]) -> list[tuple[int, int]]:
+    """First byte and end of each stretch of memory that `slots` fill: one operation for neighbours."""
+    runs: list[tuple[int, int]] = []
+    for slot in sorted(slots, key=lambda slot: slot.id):
+        start = slot.id * GRANULE
+        first = runs.pop()[0] if runs and runs[-1][1] == start else start
+        runs.append((first, start + slot.nbytes))
+    return runs
 
 
 class _SizeClass:
@@ -227,12 +237,13 @@ class SlabPool:
             return
         # Whoever reclaims may be on another stream than whoever filled last or writes next: `require` waits for this.
         self._filled.order_after()
+        for start, stop in byte_runs(ready):
+            self.buffer[start:stop].fill_(self._fill)
         for slot in ready:
             self._put_back(slot)
         self._filled = Fence.record(self.buffer.device)
 
     def _put_back(self, slot: Slot) -> None:
-        self.bytes_of(slot).fill_(self._fill)
         kind = self._classes[slot.nbytes]
         slab, inside = divmod(slot.id * GRANULE, self.slab_nbytes)
         room = kind.free[slab]

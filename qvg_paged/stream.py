@@ -129,6 +129,8 @@ class Stream:
         Raises:
             ArgumentError: a frame of `retrieve` is not stored.
         """
+        if not retrieve:
+            return tuple(self.timeline.visible(self.committed))
         missing = sorted(set(retrieve) - set(self.pages))
         if missing:
             raise ArgumentError(

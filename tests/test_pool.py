@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from qvg_paged import ConfigError, FreeFill, IntegrityError, OutOfMemoryError, StaleHandleError, Window
 from qvg_paged.fence import Fence
-from qvg_paged.pool import SlabGeometry, SlabPool, Slot
+from qvg_paged.kernels.layout import GRANULE
+from qvg_paged.pool import SlabGeometry, SlabPool, Slot, byte_runs
 from qvg_paged.timeline import Demand, Timeline
 
 CPU = torch.device("cpu")
@@ -348,3 +349,10 @@ def test_without_admission_refusals_leave_on_average_four_slabs_per_size_and_rou
             churn.pool.check_integrity()
     mean, _ = churn.report(f"no admission, {name}", waste)
     assert mean <= 4 * len(churn.sizes) / churn.geometry.num_slabs + churn.rounding
+
+
+def test_neighbours_are_one_run_of_bytes() -> None:
+    slots = [Slot(id=place, nbytes=2 * GRANULE, tenant="a", generation=0) for place in (8, 2, 4, 16)]
+    found = byte_runs(slots)
+    assert found == [(2 * GRANULE, 6 * GRANULE), (8 * GRANULE, 10 * GRANULE), (16 * GRANULE, 18 * GRANULE)]
+    assert byte_runs([]) == []
