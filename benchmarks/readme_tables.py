@@ -141,8 +141,8 @@ def _speed(row: Mapping[str, Any]) -> list[str]:
 TABLES: dict[str, tuple[str, str, Callable[[Result], str]]] = {
     "demo": ("demo.json", "make demo", _demo),
     "eval": ("eval.json", "qvg-paged eval", _eval),
-    "bench": ("bench.json", "qvg-paged bench", _bench),
     "same-bytes": ("eval.json", "qvg-paged eval", _same_bytes),
+    "bench": ("bench.json", "qvg-paged bench", _bench),
 }
 """Result file, command and layout of each table."""
 
