@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
-from qvg_paged.errors import ArgumentError, IntegrityError, NonFiniteError, OutOfMemoryError
+from qvg_paged.errors import (
+    ArgumentError,
+    CorruptedError,
+    IntegrityError,
+    NonFiniteError,
+    OutOfMemoryError,
+    StorageError,
+)
 
 __all__ = [
     "CHUNK_FAULT_POINTS",
@@ -71,10 +78,10 @@ class Tally:
 
     Attributes:
         events, frames, nbytes: events, frames and bytes by kind.
-        failures: out of memory, NaN in a chunk, wrong books; by class of the error.
+        failures: out of memory, NaN in a chunk, wrong books, a damaged copy, a failing disk; by class of the error.
     """
 
-    COUNTED = (OutOfMemoryError, NonFiniteError, IntegrityError)
+    COUNTED = (OutOfMemoryError, NonFiniteError, IntegrityError, CorruptedError, StorageError)
 
     def __init__(self) -> None:
         self.events: Counter[EventKind] = Counter()

@@ -19,7 +19,14 @@ except ModuleNotFoundError as error:
     raise ImportError("prometheus_client: expected to be installed; pip install 'qvg-paged[metrics]'") from error
 
 from qvg_paged import __version__
-from qvg_paged.errors import ArgumentError, IntegrityError, NonFiniteError, OutOfMemoryError
+from qvg_paged.errors import (
+    ArgumentError,
+    CorruptedError,
+    IntegrityError,
+    NonFiniteError,
+    OutOfMemoryError,
+    StorageError,
+)
 from qvg_paged.events import EventKind, Tally
 from qvg_paged.kernels.formats import PageFormat
 from qvg_paged.manager import KVCacheManager
@@ -124,6 +131,8 @@ def _memory(stats: CacheStats) -> Iterator[Metric]:
     yield gauge("kvp_pool_bytes", text, "state", states)
     yield gauge("kvp_capacity_bytes", "Bytes of the pool.", values=budget.pool)
     yield gauge("kvp_peak_bytes", "Most pool bytes ever in use.", values=stats.peak_nbytes)
+    parked = {"host": float(stats.host_nbytes), "disk": float(stats.disk_nbytes)}
+    yield gauge("kvp_parked_bytes", "Bytes of parked streams outside the pool.", "tier", parked)
     parts = {name: float(getattr(budget, name)) for name in ("pool", "staging", "encode", "overhead")}
     yield gauge("kvp_memory_bytes", "The manager's memory by what it is for.", "part", parts)
     counts = {kind: float(found.count) for kind, found in stats.objects.items()}
@@ -152,20 +161,18 @@ def _counters(tally: Tally) -> Iterator[Metric]:
     transfer.add_metric(["out"], tally.nbytes[EventKind.PARK])
     transfer.add_metric(["in"], tally.nbytes[EventKind.RESUME])
     yield transfer
-    for name, text, label, value, count in (
-        ("kvp_evictions", "Frames that left their streams.", "reason", "window", frames[EventKind.EVICT]),
-        (
-            "kvp_alloc_failures",
-            "Chunks that did not fit.",
-            "reason",
-            "pool",
-            tally.failures[OutOfMemoryError],
-        ),
-        ("kvp_nonfinite", "Commits refused for NaN or infinity.", "tensor", "kv", tally.failures[NonFiniteError]),
-        ("kvp_integrity_failures", "Books found wrong.", "where", "books", tally.failures[IntegrityError]),
-    ):
+    failed = tally.failures
+    for name, text, label, counts in (
+        ("kvp_evictions", "Frames that left their streams.", "reason", {"window": frames[EventKind.EVICT]}),
+        ("kvp_alloc_failures", "What did not fit.", "reason", {"memory": failed[OutOfMemoryError]}),
+        ("kvp_nonfinite", "Commits refused for NaN or infinity.", "tensor", {"kv": failed[NonFiniteError]}),
+        ("kvp_integrity_failures", "Books or parked copies found wrong.", "where",
+         {"books": failed[IntegrityError], "parked": failed[CorruptedError]}),
+        ("kvp_storage_failures", "Failures of a tier.", "tier", {"disk": failed[StorageError]}),
+    ):  # fmt: skip
         family = CounterMetricFamily(name, text, labels=[label])
-        family.add_metric([value], count)
+        for value, count in counts.items():
+            family.add_metric([value], count)
         yield family
 
 

@@ -125,6 +125,7 @@ def summarise(now: Scrape, before: Scrape | None = None) -> dict[str, Any]:
         "pool": {
             "capacity_bytes": now.value("kvp_capacity_bytes"),
             "states": now.by("kvp_pool_bytes", "state"),
+            "parked_bytes": now.by("kvp_parked_bytes", "tier"),
             "peak_bytes": now.value("kvp_peak_bytes"),
             "stored_bytes": now.value("kvp_stored_bytes"),
             "stored_unquantised_bytes": now.value("kvp_stored_unquantised_bytes"),
@@ -217,6 +218,7 @@ def _bar(pool: Mapping[str, Any]) -> Text:
 
 def _states(pool: Mapping[str, Any]) -> Text:
     shown = [f"{state} {nbytes / 1e6:.1f}" for state, nbytes in pool["states"].items() if nbytes]
+    shown += [f"parked on {tier} {nbytes / 1e6:.1f}" for tier, nbytes in pool["parked_bytes"].items() if nbytes]
     dense, stored = pool["stored_unquantised_bytes"], pool["stored_bytes"]
     ratio = f"; stored at 1/{dense / stored:.2f} of the unquantised size" if stored else ""
     return Text(f"      MB: {', '.join(shown)}{ratio}")

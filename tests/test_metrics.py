@@ -97,7 +97,7 @@ def test_counters_of_a_manager_follow_what_happened() -> None:
     cache = make_cache(pool=2 << 20)
     collector = CacheCollector(cache)
     before = scrape(collector)
-    assert before["kvp_alloc_failures_total{reason=pool}"] == 0, "a series is there before anything happens"
+    assert before["kvp_alloc_failures_total{reason=memory}"] == 0, "a series is there before anything happens"
     stream = cache.open("a", window=Window(recent_frames=6))
     grow(stream, 9)
     with pytest.raises(OutOfMemoryError):
@@ -114,7 +114,7 @@ def test_counters_of_a_manager_follow_what_happened() -> None:
     cache.store.pool.used_nbytes -= 1
     after = scrape(collector)
     for name, count in {
-        "kvp_alloc_failures_total{reason=pool}": 1,
+        "kvp_alloc_failures_total{reason=memory}": 1,
         "kvp_nonfinite_total{tensor=kv}": 1,
         "kvp_integrity_failures_total{where=books}": 1,
         "kvp_committed_frames_total": 9,
@@ -125,6 +125,27 @@ def test_counters_of_a_manager_follow_what_happened() -> None:
         assert after[name] == count, name
     allocated, freed = (after[f"kvp_page_event_bytes_total{{kind={kind}}}"] for kind in ("allocate", "free"))
     assert allocated - freed == cache.stats().used_nbytes
+
+
+def test_a_stream_that_leaves_the_pool_and_comes_back_is_seen_on_the_way() -> None:
+    cache = make_cache(host_memory="1MiB")
+    stream = cache.open("a", window=WINDOW)
+    grow(stream, 2 * SPAN)
+    nbytes = cache.stats().used_nbytes
+
+    def look() -> tuple[float, float, float, float]:
+        series = scrape(CacheCollector(cache))
+        assert sum(under(series, "kvp_pool_bytes").values()) == series["kvp_capacity_bytes"]
+        out, back = (series[f"kvp_transfer_bytes_total{{dir={way}}}"] for way in ("out", "in"))
+        return series["kvp_parked_bytes{tier=host}"], under(series, "kvp_pages")["state=qvg4-int2"], out, back
+
+    assert look() == (0, 2 * SPAN, 0, 0)
+    stream.park()
+    assert look() == (nbytes, 0, nbytes, 0)
+    stream.prefetch_resume()
+    look()
+    stream.resume()
+    assert look() == (0, 2 * SPAN, nbytes, nbytes)
 
 
 def test_metrics_of_a_scheduler_tell_who_came_waited_ran_and_left(dense: KVCacheManager) -> None:
