@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, in one go: tests, the comparison with the released code, demo, evaluation.
+"""Everything that only a GPU can show, in one go: tests, comparison with the released code, demo, evaluation, speed.
 
     python benchmarks/gpu_suite.py --out runs/gpu [--official PATH] [--only tests --only eval] [--weights FILE]
 
@@ -39,6 +39,8 @@ def steps(out: Path, official: Path | None, weights: Path | None, eval_arguments
     python = sys.executable
     cli = [python, "-m", "qvg_paged"]
     model = ["--weights", str(weights)] if weights else []
+    bench = [*cli, "bench", "--out", str(out / "bench"), "--json", str(out / "bench.json"), "--seconds", "200"]
+    bench += ["--official", str(official)] if official else []
     listed = [
         Step("tests", [python, "-m", "pytest", "-m", "gpu", "-q", "-rA", "-p", "no:cacheprovider", *gpu_tests()], 240),
         Step("demo", [*cli, "demo", "--out", str(out / "demo"), "--json", str(out / "demo.json"), *model], 120),
@@ -47,6 +49,7 @@ def steps(out: Path, official: Path | None, weights: Path | None, eval_arguments
             [*cli, "eval", "--out", str(out / "eval"), "--json", str(out / "eval.json"), *model, *eval_arguments],
             560,
         ),
+        Step("bench", bench, 260),
     ]
     if official is not None:
         compare = [python, str(BENCHMARKS / "compare_released.py"), "--official", str(official)]

@@ -200,10 +200,12 @@ def bench(
             tell = partial(console.print, markup=False, soft_wrap=True)
             _benchmark("bench.tune").write(options, tell, json_file)
             return
-        results = module.run(options, lambda row: print_bench_row(console, row))
-        content = files.result(device=options.device, config=options, results=results, warnings=results["warnings"])
-        for path in (out / "result.json", *([json_file] if json_file else [])):
-            files.write(path, content)
+        for results in module.run(options):
+            content = files.result(device=options.device, config=options, results=results, warnings=results["warnings"])
+            for path in (out / "result.json", *([json_file] if json_file else [])):
+                files.write(path, content)
+            for row in results["rows"][-1:]:
+                print_bench_row(console, row)
         _benchmark("bench.plot").plot(content["results"], out / "plot.png")
     print_bench(console, content["results"])
     console.print(f"plot: {out / 'plot.png'}", soft_wrap=True)

@@ -1,7 +1,7 @@
 """The run: ceilings first, then one row after another until the time is up; judged at the end."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,6 @@ from qvg_paged import ArgumentError
 __all__ = ["PARTS", "BenchOptions", "cases", "run"]
 
 QUICK_SECONDS, SMALL_SECONDS = 0.015, 0.005
-Tell = Callable[[dict[str, Any]], None]
 
 
 def cases(bench: Bench) -> Iterator[Case]:
@@ -44,11 +43,10 @@ def clock_for(bench: Bench) -> Clock:
     return Clock(bench.device, QUICK_SECONDS) if bench.options.quick else Clock(bench.device)
 
 
-def run(options: BenchOptions, tell: Tell) -> dict[str, Any]:
-    """Measure; `tell` gets every row as it is finished.
+def run(options: BenchOptions) -> Iterator[dict[str, Any]]:
+    """Measure; yields the results so far after every row, at least once.
 
-    Returns:
-        Ceilings, rows, bounds, and the names of rows that were not started for want of time.
+    They hold ceilings, rows, bounds, and the names of rows that were not started.
 
     Raises:
         ArgumentError: an unknown part, `only` names no row, or there is no released code where it was said to be.
@@ -67,17 +65,23 @@ def run(options: BenchOptions, tell: Tell) -> dict[str, Any]:
         raise ArgumentError(f"only: expected part of a row's name, got {', '.join(options.only)}")
     clock = clock_for(bench)
     ceilings = Ceilings.measure(clock)
-    rows, skipped = [], []
+    rows: list[dict[str, Any]] = []
+
+    def so_far() -> dict[str, Any]:
+        left = [f"{case.part}: {case.name}" for case in wanted[len(rows) :]]
+        return {
+            "ceilings": ceilings, "rows": rows, "bounds": judge(rows), "not_started": left,
+            "seconds": round(time.monotonic() - start, 1), "right": all(map(_is_right, rows)),
+            "warnings": _warnings(rows),
+        }  # fmt: skip
+
     for case in wanted:
         if options.seconds is not None and time.monotonic() - start > options.seconds:
-            skipped.append(f"{case.part}: {case.name}")
-            continue
+            break
         rows.append(run_case(case, clock, ceilings))
-        tell(rows[-1])
-    return {
-        "ceilings": ceilings, "rows": rows, "bounds": judge(rows), "not_started": skipped,
-        "seconds": round(time.monotonic() - start, 1), "right": all(map(_is_right, rows)), "warnings": _warnings(rows),
-    }  # fmt: skip
+        yield so_far()
+    if not rows:
+        yield so_far()
 
 
 def _is_right(row: dict[str, Any]) -> bool:
