@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qvg_paged.compact import make_room
-from qvg_paged.config import QualityFloor, Rung
+from qvg_paged.config import Rung
 from qvg_paged.errors import ArgumentError, QualityFloorError
 from qvg_paged.events import CacheEvent, EventKind, fault_point
 from qvg_paged.kernels.layout import GRANULE
 from qvg_paged.kernels.requantise import requantise_part
-from qvg_paged.ladder import least_retrieval, squeeze
+from qvg_paged.ladder import deepest_rung, least_retrieval, squeeze
 from qvg_paged.page import QUANTISED_FORMAT, Page
 from qvg_paged.timeline import Demand
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qvg_paged.manager import KVCacheManager
     from qvg_paged.stream import Stream
 
-__all__ = ["FrameQuality", "demote_streams", "ledger", "lowest_rung", "shrink_retrieval"]
+__all__ = ["FrameQuality", "demote_streams", "ledger", "shrink_retrieval"]
 
 DEMOTED_FORMAT = 2
 
@@ -57,13 +57,6 @@ def ledger(manager: "KVCacheManager", stream: "Stream") -> dict[int, FrameQualit
     }
 
 
-def lowest_rung(manager: "KVCacheManager", floor: QualityFloor) -> Rung:
-    """How far a stream with that floor can go down in this manager."""
-    if manager.config.demote_to is None:
-        return Rung.NONE
-    return min(floor.rung, Rung.SPANS if len(manager.layouts) > DEMOTED_FORMAT else Rung.TAIL)
-
-
 def demote_streams(manager: "KVCacheManager", streams: "Sequence[Stream]", rung: Rung) -> int:
     """See `KVCacheManager.demote`."""
     if not isinstance(rung, Rung):
@@ -84,7 +77,7 @@ def _check(manager: "KVCacheManager", stream: "Stream", rung: Rung) -> None:
     if stream.manager is not manager:
         raise ArgumentError(f"streams: expected streams of this manager, got {stream.id!r} of another")
     stream.require_idle()
-    lowest = lowest_rung(manager, stream.quality_floor)
+    lowest = deepest_rung(manager.config, stream.quality_floor)
     if rung > lowest:
         raise QualityFloorError(
             f"rung: expected at most {lowest.name} for stream {stream.id!r} of tenant {stream.tenant!r}, "
@@ -188,7 +181,7 @@ def _willing_sharers(manager: "KVCacheManager", stream: "Stream") -> "list[Strea
         if other is not stream
         and other.chunk is None
         and other.tenant == stream.tenant
-        and lowest_rung(manager, other.quality_floor) >= Rung.SPANS
+        and deepest_rung(manager.config, other.quality_floor) >= Rung.SPANS
     ]
 
 
@@ -227,7 +220,7 @@ def shrink_retrieval(manager: "KVCacheManager", stream: "Stream", frames: int) -
             "its quality floor or its tenant's allows no fewer"
         )
     needed = least_retrieval(manager.config, window)
-    if stream.timeline.span_frames is not None and frames < needed:
+    if frames < needed:
         raise ArgumentError(
             f"frames: expected at least {needed}, so that spans fill before their frames leave the window, got {frames}"
         )

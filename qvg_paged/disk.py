@@ -30,7 +30,7 @@ Copy = Callable[[int, torch.Tensor], None]
 
 @dataclass(frozen=True)
 class Container:
-    """A complete file."""
+    """A complete file: `data_start` bytes of header, then `nbytes` bytes of data."""
 
     path: Path
     nbytes: int
@@ -47,7 +47,8 @@ class DiskTier:
         pinned: whether a device copies from and to host memory.
 
     Attributes:
-        used_nbytes: bytes of the files in it, those of earlier processes included.
+        used_nbytes: bytes of the files in it, those of earlier processes included, headers of new ones apart.
+        leftover_nbytes: bytes of files that earlier processes have left.
 
     Raises:
         StorageError: the folder cannot be made or read.
@@ -63,7 +64,7 @@ class DiskTier:
             path.mkdir(parents=True, exist_ok=True)
             for file in path.glob(f"*{UNFINISHED}"):
                 file.unlink()
-            self.used_nbytes = sum(file.stat().st_size for file in path.glob(f"*{SUFFIX}"))
+            self.leftover_nbytes = self.used_nbytes = sum(file.stat().st_size for file in path.glob(f"*{SUFFIX}"))
         except OSError as error:
             raise StorageError(f"disk_path: expected a folder to write to, got {str(path)!r}: {error}") from error
 
@@ -77,12 +78,12 @@ class DiskTier:
         owner = owner_of(tenant, stream_id)
         header = encode_header(image, owner, self._layouts)
         target = self.path / f"{owner}{SUFFIX}"
-        total, old = len(header) + image.nbytes, _size(target)
-        if self.used_nbytes - old + total > self.nbytes:
+        old = _size(target)
+        if self.used_nbytes - old + image.nbytes > self.nbytes:
             raise OutOfMemoryError(
-                f"disk exhausted: {total} bytes requested, {self.nbytes - self.used_nbytes} of {self.nbytes} are free; "
-                "raise disk_memory",
-                total,
+                f"disk exhausted: {image.nbytes} bytes requested, {self.nbytes - self.used_nbytes} of {self.nbytes} "
+                "are free; raise disk_memory",
+                image.nbytes,
                 self.nbytes - self.used_nbytes,
             )
         aside = self.path / f"{owner}{UNFINISHED}"
@@ -91,17 +92,17 @@ class DiskTier:
             self._write(aside, header, image.nbytes, read)
             fault_point("disk.rename")
             written = aside.replace(target)
-            self.used_nbytes += total - old
+            self.used_nbytes += image.nbytes - old
             _sync_folder(self.path)
             fault_point("disk.published")
         except BaseException as error:
-            self.used_nbytes -= total if written == target else 0
+            self.used_nbytes -= image.nbytes if written == target else 0
             with suppress(OSError):
                 written.unlink()
             if isinstance(error, OSError):
-                raise StorageError(f"park: expected the disk to take {total} bytes, got {error}") from error
+                raise StorageError(f"park: expected the disk to take {image.nbytes} bytes, got {error}") from error
             raise
-        return Container(target, total, len(header))
+        return Container(target, image.nbytes, len(header))
 
     def _write(self, path: Path, header: bytes, nbytes: int, read: Copy) -> None:
         fault_point("disk.open")
@@ -121,7 +122,7 @@ class DiskTier:
             CorruptedError: the file is shorter than it was.
             StorageError: the disk failed.
         """
-        nbytes = container.nbytes - container.data_start
+        nbytes = container.nbytes
         try:
             with container.path.open("rb", buffering=0) as file:
                 file.seek(container.data_start)
@@ -132,7 +133,7 @@ class DiskTier:
                     while view:
                         count = file.readinto(view)
                         if not count:
-                            raise CorruptedError(f"file: expected {container.nbytes} bytes, it ends before")
+                            raise CorruptedError(f"file: expected {nbytes} bytes of data, it ends before")
                         view = view[count:]
                     write(start, piece)
         except OSError as error:
@@ -160,7 +161,9 @@ class DiskTier:
         except OSError as error:
             raise StorageError(f"restore: expected to read {str(path)!r}, got {error}") from error
         image, start = decode_header(data, nbytes, owner, self._layouts)
-        return image, Container(path, nbytes, start)
+        self.used_nbytes -= start  # from now on its header does not count
+        self.leftover_nbytes -= start
+        return image, Container(path, image.nbytes, start)
 
     def remove(self, container: Container) -> None:
         """Delete a file; one that is gone already is as good as deleted."""

@@ -7,12 +7,45 @@ are in ``CacheConfig.demote_to``.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import cast
 
-from qvg_paged.config import CacheConfig, ModelSpec, Rung, Window
+from qvg_paged.config import CacheConfig, ModelSpec, QualityFloor, Rung, Window
 from qvg_paged.errors import ConfigError
+from qvg_paged.kernels.formats import PageFormat
 from qvg_paged.timeline import Demand, Timeline
 
-__all__ = ["SqueezedTimeline", "least_retrieval", "squeeze"]
+__all__ = ["Relief", "Squeeze", "SqueezedTimeline", "deepest_rung", "least_retrieval", "lowered", "squeeze"]
+
+
+class Relief(Enum):
+    """What makes a stream smaller in the pool, in the order in which it is tried before the stream is parked."""
+
+    TAIL = "tail"
+    """Its dense tail is quantised."""
+    SPANS = "spans"
+    """Its spans are demoted."""
+    RETRIEVAL = "retrieval"
+    """Its retrieval memory shrinks."""
+
+
+@dataclass(frozen=True)
+class Squeeze:
+    """How far a stream was squeezed: a value from which its rules follow.
+
+    Attributes:
+        rung: how it is stored.
+        since: frames that were committed when it left the first rung.
+        retrieval_frames: what is left of its retrieval memory; None for all of it.
+    """
+
+    rung: Rung = Rung.NONE
+    since: int = 0
+    retrieval_frames: int | None = None
+
+    def window(self, window: Window) -> Window:
+        """The window as it is now."""
+        return window if self.retrieval_frames is None else replace(window, retrieval_frames=self.retrieval_frames)
 
 
 @dataclass(frozen=True)
@@ -101,6 +134,8 @@ def squeeze(timeline: Timeline, rung: Rung, committed: int, model: ModelSpec) ->
 
 def least_retrieval(config: CacheConfig, window: Window) -> int:
     """Fewest frames kept past the visible ones with which a span still fills before its frames leave the window."""
+    if cast(PageFormat, config.format).is_dense:
+        return 0
     for frames in range(window.retrieval_frames + 1):
         try:
             Timeline(replace(window, retrieval_frames=frames), config.span_frames)
@@ -108,3 +143,25 @@ def least_retrieval(config: CacheConfig, window: Window) -> int:
             continue
         return frames
     return window.retrieval_frames
+
+
+def deepest_rung(config: CacheConfig, floor: QualityFloor) -> Rung:
+    """How far down a stream with that floor can go."""
+    if config.demote_to is None:
+        return Rung.NONE
+    further = cast(PageFormat, config.demote_to) != config.format
+    return min(floor.rung, Rung.SPANS if further else Rung.TAIL)
+
+
+def lowered(
+    config: CacheConfig, window: Window, floor: QualityFloor, now: Squeeze, committed: int, relief: Relief
+) -> Squeeze | None:
+    """The squeeze after that relief; None where the floor or the configuration allows none, or it had it already."""
+    if relief is Relief.RETRIEVAL:
+        kept = now.window(window).retrieval_frames
+        least = max(min(floor.retrieval_frames, window.retrieval_frames), least_retrieval(config, window))
+        return replace(now, retrieval_frames=least) if least < kept else None
+    target = Rung.TAIL if relief is Relief.TAIL else Rung.SPANS
+    if not now.rung < target <= deepest_rung(config, floor):
+        return None
+    return replace(now, rung=target, since=now.since if now.rung else committed)

@@ -22,13 +22,13 @@ from qvg_paged.config import CacheConfig, ModelSpec, QualityFloor, Rung, Window
 from qvg_paged.demote import demote_streams, shrink_retrieval
 from qvg_paged.disk import DiskTier
 from qvg_paged.encoder import SpanEncoder
-from qvg_paged.errors import ArgumentError, StorageError
+from qvg_paged.errors import ArgumentError, OutOfMemoryError, StorageError
 from qvg_paged.events import CacheEvent, EventKind, Tally, fault_point
 from qvg_paged.host import HostArena
 from qvg_paged.kernels.attention import AttentionPath, paged_attention
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.page import DENSE_FORMAT, Page, PageStore
-from qvg_paged.park import Parked, Tier, discard, park_stream, prefetch_stream, resume_stream
+from qvg_paged.park import Parked, Tier, cancel_prefetch, discard, park_stream, prefetch_stream, resume_stream
 from qvg_paged.pool import SlabPool
 from qvg_paged.reader import page_digest, read_pages
 from qvg_paged.scratch import ScratchWriter
@@ -337,6 +337,20 @@ class KVCacheManager:
         """See `Stream.prefetch_resume`."""
         with self._lock, self._tally, torch.no_grad():
             prefetch_stream(self, stream)
+
+    def cancel_prefetch(self, stream: Stream) -> None:
+        """See `Stream.cancel_prefetch`."""
+        with self._lock:
+            cancel_prefetch(self, stream)
+
+    def has_room(self, counts: Mapping[int, int]) -> bool:
+        """Whether that many further objects, by size, fit as pages lie now."""
+        with self._lock:
+            try:
+                self._pool.require(counts)
+            except OutOfMemoryError:
+                return False
+            return True
 
     def resume(self, stream: Stream) -> Tier:
         """See `Stream.resume`."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qvg_paged.manager import KVCacheManager
     from qvg_paged.stream import Stream
 
-__all__ = ["Parked", "Tier", "discard", "park_stream", "prefetch_stream", "resume_stream"]
+__all__ = ["Parked", "Tier", "cancel_prefetch", "discard", "park_stream", "prefetch_stream", "resume_stream"]
 
 
 class Tier(Enum):

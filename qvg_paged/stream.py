@@ -207,6 +207,10 @@ class Stream:
         """
         self.manager.prefetch_resume(self)
 
+    def cancel_prefetch(self) -> None:
+        """Give the memory of a prefetch back; the stream stays parked. Does nothing where there is none."""
+        self.manager.cancel_prefetch(self)
+
     def resume(self) -> Tier:
         """Bring a parked stream back, byte for byte, into pages of its own; where it came from.
 

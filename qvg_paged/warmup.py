@@ -9,9 +9,9 @@ import torch
 
 from qvg_paged.budget import Budget, estimate, least_staging, page_layouts
 from qvg_paged.config import CacheConfig, ModelSpec, Rung, Window
-from qvg_paged.demote import lowest_rung
 from qvg_paged.errors import ConfigError
 from qvg_paged.kernels.attention import AttentionPath
+from qvg_paged.ladder import deepest_rung
 from qvg_paged.manager import KVCacheManager
 from qvg_paged.stream import Stream
 
@@ -42,7 +42,7 @@ def warm_up(model: ModelSpec, config: CacheConfig) -> float:
     window = Window(recent_frames=config.span_frames + model.frames_per_chunk)
     for path in _paths(model, config):
         for nbytes, together in ((staging, STREAMS), (least, 1)):  # little staging makes slices merge
-            quiet = replace(config, path=path, staging=nbytes, on_event=None)
+            quiet = replace(config, path=path, staging=nbytes, on_event=None, disk_path=None, disk_memory=0)
             _run(one_layer, _sized(one_layer, quiet, window), window, together)
     if torch.device(cast(torch.device, config.device)).type == "cuda":
         torch.cuda.synchronize(cast(torch.device, config.device))
@@ -82,7 +82,7 @@ def _run(model: ModelSpec, config: CacheConfig, window: Window, together: int) -
             _write_chunk(cache, stream)
     for frames in {1, model.frames_per_chunk}:
         _attend(cache, streams, frames, together)
-    lowest = lowest_rung(cache, streams[0].quality_floor)
+    lowest = deepest_rung(cache.config, streams[0].quality_floor)
     if lowest > Rung.NONE:
         cache.demote(streams[:1], lowest)
         _attend(cache, streams, 1, together)

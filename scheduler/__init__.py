@@ -2,7 +2,7 @@
 
 from qvg_paged.scheduler.async_driver import AsyncScheduler, Engine
 from qvg_paged.scheduler.async_stream import AsyncStream
-from qvg_paged.scheduler.backend import CacheBackend, ParkingBackend
+from qvg_paged.scheduler.backend import CacheBackend, LadderBackend, ParkingBackend
 from qvg_paged.scheduler.config import Reservation, SchedulerConfig
 from qvg_paged.scheduler.errors import RefusedError, StreamCancelledError, StreamFailedError, StreamLostError
 from qvg_paged.scheduler.log import DecisionLog
@@ -11,6 +11,7 @@ from qvg_paged.scheduler.plugins import available_policies, load_policy
 from qvg_paged.scheduler.policy import FCFS, EarliestDeadline, FairShare, Policy, Priority
 from qvg_paged.scheduler.request import StreamRequest, StreamState
 from qvg_paged.scheduler.scheduler import Scheduler
+from qvg_paged.scheduler.store import TieredCache
 from qvg_paged.scheduler.tenant import TenantSpec
 from qvg_paged.scheduler.view import StreamView, SystemView, TenantView
 
@@ -24,6 +25,7 @@ __all__ = [
     "EarliestDeadline",
     "Engine",
     "FairShare",
+    "LadderBackend",
     "Outcome",
     "ParkingBackend",
     "Plan",
@@ -43,6 +45,7 @@ __all__ = [
     "SystemView",
     "TenantSpec",
     "TenantView",
+    "TieredCache",
     "available_policies",
     "load_policy",
 ]

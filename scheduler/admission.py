@@ -4,7 +4,9 @@ from collections.abc import Iterable, Sequence, Set
 from operator import attrgetter
 from typing import Protocol
 
+from qvg_paged.ladder import Relief
 from qvg_paged.scheduler.plan import Decision, Reason
+from qvg_paged.scheduler.relief import relieve_pool, relieve_tenant
 from qvg_paged.scheduler.request import StreamState
 from qvg_paged.scheduler.snapshot import may_be_parked, system_view
 from qvg_paged.scheduler.state import Entry, Rules, State, total
@@ -38,6 +40,7 @@ class Books:
     Attributes:
         demand, nbytes: to all running streams.
         by_tenant: bytes by tenant.
+        demoted, shrunk: decisions about streams that were squeezed in this step, by id.
         parked: decisions about streams that were parked in this step.
         news: waiting streams about which something else was decided than before.
     """
@@ -49,6 +52,8 @@ class Books:
         self.by_tenant: dict[str, int] = {}
         for entry in state.running.values():
             self.by_tenant[entry.tenant] = self.by_tenant.get(entry.tenant, 0) + entry.need_nbytes
+        self.demoted: dict[str, Decision] = {}
+        self.shrunk: dict[str, Decision] = {}
         self.parked: list[Decision] = []
         self.news: list[str] = []
         self._view: SystemView | None = None
@@ -77,17 +82,13 @@ class Books:
         """Bytes promised to a tenant's running streams."""
         return self.by_tenant.get(tenant, 0)
 
-    def fits(self, entry: Entry | None = None, without: Sequence[Entry] = ()) -> bool:
-        """Whether what runs, `entry` besides and `without` left out, fits the pool or what may be used of it."""
-        away = total(without)
+    def fits(self, entry: Entry | None = None, without: Sequence[Entry] = (), *, running: Demand | None = None) -> bool:
+        """Whether what runs, `entry` besides and `without` left out, fits the pool or what may be used of it.
+
+        `running` is what is promised to running streams if not `demand`.
+        """
+        demands = [(self.demand if running is None else running) - total(without)]
         room = self.limit
-        demands = [
-            Demand(
-                self.demand.dense_pages - away.dense_pages,
-                self.demand.quantised_pages - away.quantised_pages,
-                self.demand.codebooks - away.codebooks,
-            )
-        ]
         if entry is not None:
             demands.append(entry.need)
             others = len(self.state.running) - len(without)
@@ -103,6 +104,18 @@ class Books:
         self.demand += entry.need
         self.nbytes += entry.need_nbytes
         self.by_tenant[entry.tenant] = self.held(entry.tenant) + entry.need_nbytes
+
+    def lower(self, entry: Entry, relief: Relief) -> None:
+        """Store a running stream more cheaply: `entry` is what it is from now on."""
+        self._view = None
+        old = self.state.running[entry.id]
+        self.demand = self.demand - old.need + entry.need
+        self.nbytes += entry.need_nbytes - old.need_nbytes
+        self.by_tenant[entry.tenant] += entry.need_nbytes - old.need_nbytes
+        self.state.running[entry.id] = entry
+        reason, told = (Reason.SHRUNK, self.shrunk) if relief is Relief.RETRIEVAL else (Reason.DEMOTED, self.demoted)
+        text = f"needs {entry.need_nbytes} bytes of the pool for its next chunk instead of {old.need_nbytes}"
+        told[entry.id] = Decision(entry.id, reason, text, squeeze=entry.squeeze)
 
     def park(self, entry: Entry, reason: Reason, text: str) -> None:
         """Move a running stream to the line."""
@@ -124,7 +137,10 @@ class Books:
 
 
 def squeeze(books: Books, advice: Advice) -> None:
-    """Park until what runs fits the pool, or what is left of it, and every tenant its ceiling, as far as may be."""
+    """Make what runs fit the pool, or what is left of it, and every tenant its ceiling, as far as may be.
+
+    Streams are stored more cheaply if that is enough; else one is parked, and so on.
+    """
     state = books.state
     over = [tenant for tenant in books.by_tenant if _excess(books, tenant) > 0]
     if books.rules.parking is None or (not over and books.fits()):
@@ -132,18 +148,20 @@ def squeeze(books: Books, advice: Advice) -> None:
     order = _by_default(books, advice.park(books.view(forced=True), None))
     for tenant in over:
         for entry in order:
-            if _excess(books, tenant) <= 0:
+            if _excess(books, tenant) <= 0 or relieve_tenant(books, tenant, _excess(books, tenant)):
                 break
             if entry.tenant == tenant and entry.id in state.running:
                 ceiling = state.tenants[tenant].spec.ceiling_nbytes
                 books.park(entry, Reason.SQUEEZED, f"tenant {tenant!r} may hold {ceiling} bytes of the pool")
     order.sort(key=lambda entry: _within_floor(books, entry))
-    for entry in order:
-        if books.fits():
-            break
-        if entry.id in state.running:
-            books.park(entry, Reason.SQUEEZED, f"what runs needs more than {books.limit} bytes of the pool")
-            state.hold = books.rules.config.hold_steps
+    order = [entry for entry in order if entry.id in state.running]
+    while not books.fits() and not relieve_pool(books, order) and order:
+        books.park(state.running[order.pop(0).id], Reason.SQUEEZED, _too_much(books))
+        state.hold = books.rules.config.hold_steps
+
+
+def _too_much(books: Books) -> str:
+    return f"what runs needs more than {books.limit} bytes of the pool"
 
 
 def _excess(books: Books, tenant: str) -> int:
@@ -190,8 +208,10 @@ def admit(books: Books, advice: Advice) -> tuple[list[Decision], list[Decision],
             continue
         ready = rules.need(entry, False) if entry.backed and not _is_backed(books, entry) else entry
         blocked = _obstacle(books, ready)
-        if blocked is not None and first is None and _is_scarcity(blocked[0]) and _make_way(books, advice, ready):
-            blocked = _obstacle(books, ready)
+        if blocked is not None and first is None and _is_scarcity(blocked[0]):
+            squeezed = blocked[0] is Reason.NO_MEMORY and _squeeze_for(books, ready)
+            if squeezed or _make_way(books, advice, ready):
+                blocked = _obstacle(books, ready)
         if blocked is None:
             (resumed if entry.state is StreamState.PARKED else admitted).append(_start(books, ready))
             first = first and _overtaken(state, first)
@@ -319,6 +339,13 @@ def _is_safe(books: Books, entry: Entry) -> bool:
         if other.backed:
             largest = largest.most(other.worst)
     return books.rules.cache.can_host([*fixed, largest])
+
+
+def _squeeze_for(books: Books, entry: Entry) -> bool:
+    """Store running streams more cheaply, so that the first in line fits."""
+    if not books.rules.config.squeeze_to_admit or not (entry.state is StreamState.PARKED or _is_safe(books, entry)):
+        return False
+    return relieve_pool(books, wanted=entry)
 
 
 def _make_way(books: Books, advice: Advice, entry: Entry) -> bool:

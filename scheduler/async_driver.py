@@ -15,10 +15,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 from qvg_paged.errors import ArgumentError, StateError
+from qvg_paged.ladder import Squeeze
 from qvg_paged.scheduler.async_stream import AsyncStream, Feed
 from qvg_paged.scheduler.checks import check_integer, check_kind, check_number
 from qvg_paged.scheduler.errors import RefusedError
@@ -51,6 +53,9 @@ class Engine(Protocol[T_co]):
 
     def resume(self, stream_id: str) -> None:
         """Bring a parked stream back."""
+
+    def squeeze(self, stream_id: str, squeeze: Squeeze) -> None:
+        """Store a stream more cheaply; called only where the scheduler's cache is a `LadderBackend`."""
 
     def close(self, stream_id: str) -> None:
         """A stream that was opened is over; what this raises is not passed on."""
@@ -252,6 +257,8 @@ class AsyncScheduler(Generic[T]):
         failed: dict[str, str] = {}
         for decision in plan.finished:
             self._close(decision.stream_id)
+        for decision in (*plan.demoted, *plan.shrunk):
+            self._attempt(failed, decision.stream_id, partial(self._squeeze, decision.squeeze))
         for decision in plan.parked:
             self._attempt(failed, decision.stream_id, self._engine.park)
         for decision in plan.resumed:
@@ -286,6 +293,10 @@ class AsyncScheduler(Generic[T]):
         if request is not None:  # else it was cancelled since the plan was made
             self._opened.add(stream_id)
             self._engine.open(request)
+
+    def _squeeze(self, squeeze: Squeeze | None, stream_id: str) -> None:
+        if squeeze is not None:
+            self._engine.squeeze(stream_id, squeeze)
 
     def _close(self, stream_id: str) -> None:
         if stream_id in self._opened:

@@ -2,17 +2,19 @@
 
 `KVCacheManager` is a `CacheBackend`. A cache that can also move a stream out of the pool and back is a
 `ParkingBackend`; only over one of those does the scheduler reserve to the next chunk boundary, because only there can
-it take memory back. Every method is a pure function of its arguments and of the cache's configuration, so that a
+it take memory back. One that can store streams more cheaply before that is a `LadderBackend`. `TieredCache` makes a
+manager one of these. Every method is a pure function of its arguments and of the cache's configuration, so that a
 replay, and every rank of a head-sharded model, gets the same answers.
 """
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from qvg_paged.config import Window
+from qvg_paged.config import QualityFloor, Window
+from qvg_paged.ladder import Relief, Squeeze
 from qvg_paged.timeline import Demand
 
-__all__ = ["CacheBackend", "ParkingBackend"]
+__all__ = ["CacheBackend", "LadderBackend", "ParkingBackend"]
 
 
 @runtime_checkable
@@ -57,3 +59,19 @@ class ParkingBackend(CacheBackend, Protocol):
 
     def resume_seconds(self, nbytes: int) -> float:
         """Time to move them back."""
+
+
+@runtime_checkable
+class LadderBackend(ParkingBackend, Protocol):
+    """A pool whose streams can be stored more cheaply between chunks, for good."""
+
+    def squeezed_demand(self, window: Window, committed: int, frames: int, squeeze: Squeeze) -> Demand:
+        """`chunk_demand` of a stream that was squeezed."""
+
+    def lowered(
+        self, window: Window, frames: int, floor: QualityFloor, now: Squeeze, committed: int, relief: Relief
+    ) -> Squeeze | None:
+        """What a stream of `frames` frames is after that relief; None where it may not have it.
+
+        Its worst case afterwards must fit wherever its worst case before does.
+        """

@@ -32,6 +32,8 @@ class SchedulerConfig:
         headroom: share of the pool that admission leaves for the growth of those who run already.
         hold_steps: steps for which no new streams are admitted once someone had to be parked for want of memory, unless
             one leaves or all parked ones are back.
+        squeeze_to_admit: store running streams more cheaply so that the first in line fits; if not, only what runs
+            already makes them be squeezed.
         overtakes: how many streams may overtake one that does not fit; 0 is strict order.
         default_tenant: rights of tenants that were not configured.
         max_tenants: most tenants known at a time.
@@ -48,6 +50,7 @@ class SchedulerConfig:
     min_chunks: int = 1
     headroom: float = 0.05
     hold_steps: int = 4
+    squeeze_to_admit: bool = True
     overtakes: int = 0
     default_tenant: TenantSpec = field(default_factory=TenantSpec)
     max_tenants: int = 1024

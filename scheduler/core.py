@@ -4,6 +4,8 @@ The simulator, a CPU and a GPU run this same code, and every rank of a head-shar
 events computes the same plan. Policies are asked through `advice`, whose answers are checked; in a replay it repeats
 those that were logged.
 
+The ladder, where the cache has one: demote, shrink retrieval memory, park, and who does not fit then waits.
+
 Reserved to completion, no admitted stream can run out of memory, so none ever waits for another. Reserved to the next
 chunk, every stream that finished a chunk may be parked but one: the leader, and those parked too often keep what they
 have until they finish a chunk, which takes no more than they have. So somebody always gets on.
@@ -60,6 +62,8 @@ def decide(
         step=state.step,
         finished=tuple(e.decision for e in state.leaving.values() if not e.decision.reason.is_refusal),
         rejected=tuple(e.decision for e in state.leaving.values() if e.decision.reason.is_refusal),
+        demoted=tuple(books.demoted.values()),
+        shrunk=tuple(books.shrunk.values()),
         parked=tuple(books.parked),
         resumed=tuple(resumed),
         admitted=tuple(admitted),

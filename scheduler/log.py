@@ -79,6 +79,8 @@ def describe_plan(state: State, plan: Plan) -> dict[str, Any]:
         "leader": plan.leader,
         "finished": _reasons(plan.finished),
         "rejected": _reasons(plan.rejected),
+        "demoted": [[d.stream_id, d.squeeze.rung.value, d.squeeze.since] for d in plan.demoted if d.squeeze],
+        "shrunk": [[d.stream_id, d.squeeze.retrieval_frames] for d in plan.shrunk if d.squeeze],
         "parked": _reasons(plan.parked),
         "resumed": [decision.stream_id for decision in plan.resumed],
         "admitted": [decision.stream_id for decision in plan.admitted],

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from qvg_paged.ladder import Squeeze
+
 __all__ = ["Decision", "Outcome", "Plan", "Reason"]
 
 
@@ -36,6 +38,10 @@ class Reason(Enum):
     """It made room for a stream that the policy, or a tenant's floor, puts first."""
     SQUEEZED = "squeezed"
     """The running streams grew, the pool shrank or a quota was lowered, and it had to make room."""
+    DEMOTED = "demoted"
+    """The running streams, or one in line, need room: it is stored more cheaply."""
+    SHRUNK = "shrunk"
+    """The same, and it gives up frames that it kept for retrieval."""
     TOO_LARGE = "too large"
     """Its worst case does not fit even alone: refused."""
     QUEUE_FULL = "queue full"
@@ -64,12 +70,14 @@ class Decision:
         reason: why.
         text: the numbers behind it, for people.
         frames: frames to generate next; set in ``Plan.running`` only.
+        squeeze: what the stream is from now on; set in ``Plan.demoted`` and ``Plan.shrunk`` only.
     """
 
     stream_id: str
     reason: Reason
     text: str
     frames: range | None = None
+    squeeze: Squeeze | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,8 @@ class Plan:
         step: number of the step, from 1.
         finished: streams that completed, failed or were cancelled: close them first, others are promised their memory.
         rejected: requests refused since the last step; there is nothing to do for them.
+        demoted: streams to store more cheaply, down to `Decision.squeeze.rung`; they are in `running` as well.
+        shrunk: streams whose retrieval memory shrinks to `Decision.squeeze.retrieval_frames`; likewise.
         parked: streams to move out of the pool; they are in `waiting` as well.
         resumed: parked streams to bring back; they are in `running` as well.
         admitted: streams to open; they are in `running` as well.
@@ -92,6 +102,8 @@ class Plan:
     step: int
     finished: tuple[Decision, ...] = ()
     rejected: tuple[Decision, ...] = ()
+    demoted: tuple[Decision, ...] = ()
+    shrunk: tuple[Decision, ...] = ()
     parked: tuple[Decision, ...] = ()
     resumed: tuple[Decision, ...] = ()
     admitted: tuple[Decision, ...] = ()

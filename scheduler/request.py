@@ -1,10 +1,15 @@
 """What an engine asks for, and where a stream is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
+<<<<<<< HEAD
 from qvg_paged.config import Window
 from qvg_paged.scheduler.checks import MAX_COUNT, check_integer, check_kind, check_name
+=======
+from qvg_paged.config import QualityFloor, Window
+from qvg_paged.errors import ArgumentError
+>>>>>>> 50d85b0 (Scheduler over the real tiers: squeeze, park, resume, prefetch; floors per request and tenant)
 from qvg_paged.scheduler.tenant import check_fps
 
 __all__ = ["StreamRequest", "StreamState"]
@@ -40,6 +45,7 @@ class StreamRequest:
         deadline_fps: frames per second its viewer plays; None for that of the tenant.
         priority: larger is more urgent; for policies, `FCFS` ignores it.
         branches: cache streams that advance together (2 with classifier-free guidance); admitted all or none.
+        quality: how far it may be squeezed when memory is short, unless its tenant's floor is stricter.
     """
 
     id: str
@@ -49,6 +55,7 @@ class StreamRequest:
     deadline_fps: float | None = None
     priority: int = 0
     branches: int = 1
+    quality: QualityFloor = field(default_factory=QualityFloor)
 
     def __post_init__(self) -> None:
         check_name("id", self.id)
@@ -56,5 +63,10 @@ class StreamRequest:
         check_integer("frames", self.frames, 1)
         check_kind("window", self.window, Window)
         check_fps(self.deadline_fps)
+<<<<<<< HEAD
         check_integer("priority", self.priority, -MAX_COUNT)
         check_integer("branches", self.branches, 1)
+=======
+        if not isinstance(self.quality, QualityFloor):
+            raise ArgumentError(f"quality: expected a QualityFloor, got {self.quality!r}")
+>>>>>>> 50d85b0 (Scheduler over the real tiers: squeeze, park, resume, prefetch; floors per request and tenant)

@@ -9,7 +9,8 @@ from operator import attrgetter
 from typing import Any
 
 from qvg_paged.errors import ArgumentError
-from qvg_paged.scheduler.backend import CacheBackend, ParkingBackend
+from qvg_paged.ladder import Squeeze
+from qvg_paged.scheduler.backend import CacheBackend, LadderBackend, ParkingBackend
 from qvg_paged.scheduler.checks import shown
 from qvg_paged.scheduler.config import Reservation, SchedulerConfig
 from qvg_paged.scheduler.plan import Decision, Reason
@@ -44,6 +45,7 @@ class Entry:
         backed: whether host memory is set aside for it, without which it is never parked.
         overtaken: how many streams went before it although it was first in line.
         progressed: step at which it last finished a chunk or began to run.
+        squeeze: how far it was squeezed, or None.
     """
 
     request: StreamRequest
@@ -67,6 +69,7 @@ class Entry:
     backed: bool = False
     overtaken: int = 0
     progressed: int = 0
+    squeeze: Squeeze | None = None
 
     @property
     def id(self) -> str:
@@ -114,12 +117,13 @@ class Entry:
 
 def total(entries: Iterable[Entry]) -> Demand:
     """What is reserved for them together."""
-    dense = quantised = codebooks = 0
+    dense = quantised = codebooks = demoted = 0
     for entry in entries:
         dense += entry.need.dense_pages
         quantised += entry.need.quantised_pages
         codebooks += entry.need.codebooks
-    return Demand(dense, quantised, codebooks)
+        demoted += entry.need.demoted_pages
+    return Demand(dense, quantised, codebooks, demoted)
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,11 @@ class Rules:
         cache = self.cache
         return cache if not self.config.no_preemption and isinstance(cache, ParkingBackend) else None
 
+    @cached_property
+    def ladder(self) -> LadderBackend | None:
+        """The cache, if it can store streams more cheaply and take memory back."""
+        return self.parking if isinstance(self.parking, LadderBackend) else None
+
     @property
     def reservation(self) -> Reservation:
         """How far ahead memory is promised."""
@@ -147,7 +156,11 @@ class Rules:
         else:
             request = entry.request
             frames = min(self.cache.frames_per_chunk, request.frames - entry.committed)
-            demand = self.parking.chunk_demand(request.window, entry.committed, frames) * request.branches
+            if self.ladder is None or entry.squeeze is None:
+                demand = self.parking.chunk_demand(request.window, entry.committed, frames)
+            else:
+                demand = self.ladder.squeezed_demand(request.window, entry.committed, frames, entry.squeeze)
+            demand *= request.branches
             nbytes = self.cache.demand_nbytes(demand)
         return entry.but(need=demand, need_nbytes=nbytes, backed=backed)
 

@@ -1,7 +1,9 @@
 """Tenants: what they may hold, what they are due, what they have had."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from qvg_paged.config import QualityFloor
+from qvg_paged.errors import ArgumentError
 from qvg_paged.scheduler.checks import MAX_COUNT, check_integer, check_number
 
 __all__ = ["Tenant", "TenantSpec"]
@@ -20,6 +22,7 @@ class TenantSpec:
         max_queued: most streams that wait for admission; more are refused.
         priority: added to the priority of its streams.
         deadline_fps: play-out rate of its streams that name none.
+        quality: how far its streams may be squeezed when memory is short.
     """
 
     weight: float = 1.0
@@ -28,6 +31,7 @@ class TenantSpec:
     max_queued: int = 1024
     priority: int = 0
     deadline_fps: float | None = None
+    quality: QualityFloor = field(default_factory=QualityFloor)
 
     def __post_init__(self) -> None:
         check_number("weight", self.weight, 1e-6, 1e6, "a number from 1e-6 to 1e6")
@@ -37,6 +41,8 @@ class TenantSpec:
         check_integer("max_queued", self.max_queued, 0)
         check_integer("priority", self.priority, -MAX_COUNT)
         check_fps(self.deadline_fps)
+        if not isinstance(self.quality, QualityFloor):
+            raise ArgumentError(f"quality: expected a QualityFloor, got {self.quality!r}")
 
 
 @dataclass(frozen=True)

@@ -355,11 +355,10 @@ def test_files_of_other_models_are_refused_and_a_used_id_replaces_its_old_file(t
         tier_cache(tmp_path, model=make_model(num_layers=3)).restore("a")
     cache = tier_cache(tmp_path)
     assert cache.disk is not None
-    used = cache.disk.used_nbytes
     fresh = filled(cache, seed=70)
-    before = page_bytes(fresh)
+    before, nbytes = page_bytes(fresh), cache.stats().used_nbytes
     fresh.park(Tier.DISK)
-    assert cache.disk.used_nbytes == used
+    assert cache.stats().disk_nbytes == cache.disk.used_nbytes == nbytes
     fresh.resume()
     assert page_bytes(fresh) == before
 

@@ -1,0 +1,73 @@
+"""The upper rungs of the ladder: running streams are stored more cheaply before anybody is parked or waits."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from qvg_paged.ladder import Relief, Squeeze
+from qvg_paged.scheduler.state import Entry
+from qvg_paged.timeline import Demand
+
+if TYPE_CHECKING:
+    from qvg_paged.scheduler.admission import Books
+
+__all__ = ["relieve", "relieve_pool", "relieve_tenant"]
+
+
+def relieve_pool(books: "Books", first: Sequence[Entry] = (), wanted: Entry | None = None) -> bool:
+    """Make all that runs, and `wanted` besides, fit; those in `first` go down before the latest to arrive."""
+    named = {entry.id for entry in first}
+    rest = [entry for entry in reversed(books.state.by_arrival()) if entry.id not in named]
+    order = [books.state.running[entry.id] for entry in first if entry.id in books.state.running]
+    return relieve(books, order + rest, lambda demand, _: books.fits(wanted, running=demand))
+
+
+def relieve_tenant(books: "Books", tenant: str, excess: int) -> bool:
+    """Make a tenant's streams hold `excess` bytes less."""
+    order = [entry for entry in reversed(books.state.by_arrival()) if entry.tenant == tenant]
+    return relieve(books, order, lambda _, saved: saved >= excess)
+
+
+def relieve(books: "Books", order: Sequence[Entry], enough: Callable[[Demand, int], bool]) -> bool:
+    """Relieve streams one after the other, and kind by kind, until it is enough; nothing unless it can be.
+
+    Args:
+        books: what is promised.
+        order: running streams.
+        enough: says so of what would be promised to all running streams, and of the bytes that were saved.
+    """
+    if books.rules.ladder is None:
+        return False
+    demand, saved = books.demand, 0
+    for entry in order:
+        lowest = entry
+        for relief in Relief:
+            lowest = _after(books, lowest, relief) or lowest
+        demand, saved = demand - entry.need + lowest.need, saved + entry.need_nbytes - lowest.need_nbytes
+    if not saved or not enough(demand, saved):
+        return False
+    saved = 0
+    for relief in Relief:
+        for entry in order:
+            old = books.state.running[entry.id]
+            new = _after(books, old, relief)
+            if new is None:
+                continue
+            books.lower(new, relief)
+            saved += old.need_nbytes - new.need_nbytes
+            if enough(books.demand, saved):
+                return True
+    raise AssertionError("what was enough before is not any more")
+
+
+def _after(books: "Books", entry: Entry, relief: Relief) -> Entry | None:
+    """The entry once relieved, if it may be and needs less for its next chunk."""
+    ladder, request = books.rules.ladder, entry.request
+    if ladder is None or not entry.backed:
+        return None
+    floor = request.quality.stricter(books.state.tenants[entry.tenant].spec.quality)
+    now = entry.squeeze or Squeeze()
+    squeeze = ladder.lowered(request.window, request.frames, floor, now, entry.committed, relief)
+    if squeeze is None:
+        return None
+    new = books.rules.need(entry.but(squeeze=squeeze), True)
+    return new if new.need_nbytes < entry.need_nbytes else None

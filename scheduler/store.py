@@ -1,0 +1,210 @@
+"""The cache manager as a cache whose streams can be squeezed, parked and brought back; and what does that."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from qvg_paged.budget import object_counts, stream_timeline
+from qvg_paged.compact import make_room
+from qvg_paged.config import QualityFloor, Rung, Window
+from qvg_paged.errors import OutOfMemoryError, QvgPagedError
+from qvg_paged.ladder import Relief, Squeeze, SqueezedTimeline, lowered, squeeze
+from qvg_paged.manager import KVCacheManager
+from qvg_paged.scheduler.plan import Plan
+from qvg_paged.scheduler.request import StreamRequest
+from qvg_paged.stream import Stream
+from qvg_paged.timeline import Demand, Timeline
+
+__all__ = ["TieredCache"]
+
+
+class TieredCache:
+    """A manager as a `LadderBackend`, and the first half of carrying a plan out.
+
+        cache = TieredCache(manager)
+        scheduler = Scheduler(cache)
+        ...
+        plan = scheduler.step(time.monotonic())
+        failed = cache.carry_out(plan, requests)         # closes, demotes, parks, resumes, opens
+        ...                                              # begin_chunk and commit for plan.running but `failed`
+        scheduler.update(plan, Outcome(committed, failed))
+
+    A parked stream goes to the host while there is room, then to the disk. What is set aside for it is the larger of
+    the two, which holds all parked streams whatever their sizes.
+
+    Args:
+        manager: whose streams these are; all of them must come through the scheduler.
+        transfer_rate: bytes per second between pool and host, as measured by benchmarks/park_bench.py.
+        prefetch: bring the first parked stream in line back before its turn, if there is room for it.
+    """
+
+    def __init__(self, manager: KVCacheManager, *, transfer_rate: float = 40e9, prefetch: bool = True) -> None:
+        self.manager = manager
+        self._rate = transfer_rate
+        self._prefetch = prefetch
+        self._branches: dict[str, list[Stream]] = {}
+        self._behind: dict[str, Squeeze] = {}
+        self._worst = lru_cache(maxsize=1024)(self._worst_demand)
+        self._chunk = lru_cache(maxsize=4096)(self._chunk_demand)
+
+    @property
+    def pool_nbytes(self) -> int:
+        """Bytes for pages and codebooks."""
+        return self.manager.pool_nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes outside the pool for parked streams."""
+        disk = self.manager.disk
+        return max(self.manager.host.nbytes, 0 if disk is None else disk.nbytes - disk.leftover_nbytes)
+
+    @property
+    def frames_per_chunk(self) -> int:
+        """Most frames denoised together."""
+        return self.manager.frames_per_chunk
+
+    def demand(self, window: Window, frames: int | None = None) -> Demand:
+        """Most of each kind of pool object that a stream of `frames` frames ever holds."""
+        return self._worst(window, frames, Rung.NONE)
+
+    def demand_nbytes(self, demand: Demand) -> int:
+        """Pool bytes of `demand`."""
+        return self.manager.demand_nbytes(demand)
+
+    def can_host(self, demands: Sequence[Demand], nbytes: int | None = None) -> bool:
+        """Whether these demands fit together in the pool, or in `nbytes` of it, once pages have moved together."""
+        return self.manager.can_host(demands, nbytes)
+
+    def chunk_demand(self, window: Window, committed: int, frames: int) -> Demand:
+        """Pool objects while a chunk of `frames` frames is open after `committed` frames."""
+        return self._chunk(window, committed, frames, Squeeze())
+
+    def squeezed_demand(self, window: Window, committed: int, frames: int, squeeze: Squeeze) -> Demand:
+        """The same of a stream that was squeezed."""
+        return self._chunk(window, committed, frames, squeeze)
+
+    def lowered(
+        self, window: Window, frames: int, floor: QualityFloor, now: Squeeze, committed: int, relief: Relief
+    ) -> Squeeze | None:
+        """What a stream is after that relief; None where it may not have it, or could need more memory some day."""
+        after = lowered(self.manager.config, window, floor, now, committed, relief)
+        if after is None or after.rung is now.rung:
+            return after
+        slabs, layouts = self.manager.budget.slabs, self.manager.layouts
+        before, worst = (self._worst(window, frames, rung) for rung in (Rung.NONE, after.rung))
+        larger = self.demand_nbytes(worst) > self.demand_nbytes(before)
+        more = slabs.slabs_for(object_counts(layouts, worst)) > slabs.slabs_for(object_counts(layouts, before))
+        return None if larger or more else after
+
+    def park_seconds(self, nbytes: int) -> float:
+        """Time to move that many bytes to the host."""
+        return nbytes / self._rate
+
+    def resume_seconds(self, nbytes: int) -> float:
+        """Time to move them back."""
+        return nbytes / self._rate
+
+    def _timeline(self, window: Window, now: Squeeze) -> Timeline:
+        manager = self.manager
+        return squeeze(stream_timeline(manager.config, now.window(window)), now.rung, now.since, manager.model)
+
+    def _chunk_demand(self, window: Window, committed: int, frames: int, now: Squeeze) -> Demand:
+        return self._timeline(window, now).demand(committed, frames)
+
+    def _worst_demand(self, window: Window, frames: int | None, rung: Rung) -> Demand:
+        timeline = self._timeline(window, Squeeze(rung))
+        worst = timeline.worst_demand(self.frames_per_chunk, frames)
+        if isinstance(timeline, SqueezedTimeline):  # a later grid of short spans may leave as many frames over
+            worst = replace(worst, dense_pages=worst.dense_pages + timeline.cell_frames - 1)
+        return worst
+
+    def streams(self, stream_id: str) -> list[Stream]:
+        """The cache streams of a request: one, or one per branch."""
+        return self._branches[stream_id]
+
+    def carry_out(self, plan: Plan, requests: Mapping[str, StreamRequest]) -> dict[str, str]:
+        """Close, squeeze, park, resume and open what the plan says, and make room for its chunks.
+
+        Args:
+            plan: what `Scheduler.step` returned.
+            requests: of the admitted streams, by id.
+
+        Returns:
+            Streams that cannot go on, and why: for ``Outcome.failed``.
+        """
+        failed: dict[str, str] = {}
+        for decision in plan.finished:
+            self._behind.pop(decision.stream_id, None)
+            for stream in self._branches.pop(decision.stream_id, ()):
+                stream.close()
+        self._behind |= {d.stream_id: d.squeeze for d in (*plan.demoted, *plan.shrunk) if d.squeeze is not None}
+        self._squeeze()
+        for decision in plan.parked:
+            self._attempt(failed, decision.stream_id, lambda stream: stream.park())
+        for decision in plan.resumed:
+            self._attempt(failed, decision.stream_id, lambda stream: stream.resume())
+        for decision in plan.admitted:
+            self._open(requests[decision.stream_id])
+        self._make_room(plan)
+        return failed
+
+    def _squeeze(self) -> None:
+        """Squeeze streams as planned; one for which there is no room yet is tried again with the next plan."""
+        for stream_id, now in list(self._behind.items()):
+            streams = self._branches[stream_id]
+            if any(stream.parked is not None for stream in streams):
+                continue
+            try:
+                self.manager.demote([stream for stream in streams if stream.rung < now.rung], now.rung)
+            except OutOfMemoryError:
+                continue
+            for stream in streams:
+                kept = stream.window.retrieval_frames
+                if now.retrieval_frames is not None and now.retrieval_frames < kept:
+                    stream.shrink_retrieval(now.retrieval_frames)
+            del self._behind[stream_id]
+
+    def _attempt(self, failed: dict[str, str], stream_id: str, move: Callable[[Stream], object]) -> None:
+        for stream in self._branches[stream_id]:
+            try:
+                move(stream)
+            except QvgPagedError as error:
+                failed[stream_id] = f"{type(error).__name__}: {error}"
+
+    def _open(self, request: StreamRequest) -> None:
+        names = [request.id, *(f"{request.id}#{branch}" for branch in range(1, request.branches))]
+        self._branches[request.id] = [
+            self.manager.open(name, tenant=request.tenant, window=request.window, floor=request.quality)
+            for name in names
+        ]
+
+    def _make_room(self, plan: Plan) -> None:
+        """Move pages together once for all chunks of the plan, then bring the next stream back if there is room."""
+        if self._prefetch:
+            self._cancel_prefetches()
+        total = Demand()
+        for decision in plan.running:
+            for stream in self._branches[decision.stream_id]:
+                frames = len(decision.frames or ())
+                kept = stream.timeline.demand(stream.committed, 0)
+                total += stream.timeline.demand(stream.committed, frames) - kept
+        try:
+            make_room(self.manager, total + self.manager.budget.reserve)
+        except OutOfMemoryError:
+            return  # whoever begins a chunk last is told so and tries again
+        if self._prefetch:
+            self._prefetch_next(plan, total)
+
+    def _cancel_prefetches(self) -> None:
+        for streams in self._branches.values():
+            for stream in streams:
+                stream.cancel_prefetch()
+
+    def _prefetch_next(self, plan: Plan, promised: Demand) -> None:
+        waiting = (self._branches.get(decision.stream_id, ()) for decision in plan.waiting)
+        parked = next((streams for streams in waiting if streams), ())
+        counts = object_counts(self.manager.layouts, promised + self.manager.budget.reserve)
+        for stream in parked:
+            if stream.parked is not None and self.manager.has_room(counts + stream.parked.image.counts):
+                counts = counts + stream.parked.image.counts
+                stream.prefetch_resume()
