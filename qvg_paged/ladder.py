@@ -5,13 +5,11 @@ chunk's length on a grid of their own, each quantised as soon as it is full. On 
 are in ``CacheConfig.demote_to``.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import cast
 
 from qvg_paged.config import CacheConfig, ModelSpec, QualityFloor, Rung, Window
-from qvg_paged.errors import ConfigError
 from qvg_paged.kernels.formats import PageFormat
 from qvg_paged.timeline import Demand, Timeline
 
@@ -97,22 +95,25 @@ class SqueezedTimeline(Timeline):
     def demand(self, committed: int, chunk_frames: int) -> Demand:
         """Pool objects in use while a chunk is open after `committed` frames, reservation included."""
         assert self.span_frames is not None
+        sink = min(self.window.sink_frames, committed)
+        oldest = max(sink, committed - self.window.recent_frames - self.window.retrieval_frames)
         closed = self.closed_spans(committed)
         closing = self.closed_spans(committed + chunk_frames) - closed
         end = self.span(closed - 1).stop if closed else self.first_span
-        kept = self.kept(committed)
-        quantised = [frame for frame in kept if self.first_span <= frame < end]
-        books = {self._span_of(frame) for frame in quantised}
-        pages = len(quantised) + closing * self.cell_frames
-        dense = len(kept) - len(quantised) + chunk_frames
+        ranges = range(self.first_span, min(sink, end)), range(max(oldest, self.first_span), min(committed, end))
+        quantised = sum(map(len, ranges))
+        books = 0
+        seen = -1
+        for frames in ranges:
+            if frames:
+                first, last = self._span_of(frames[0]), self._span_of(frames[-1])
+                books += last - max(first, seen + 1) + 1
+                seen = last
+        pages = quantised + closing * self.cell_frames
+        dense = sink + committed - oldest - quantised + chunk_frames
         if self.rung is Rung.SPANS:
-            return Demand(dense, 0, len(books) + closing, pages)
-        return Demand(dense, pages, len(books) + closing)
-
-    def _decisive(self, chunk_frames: int, last: int) -> Iterable[int]:
-        """All of them: spans and cells do not repeat themselves with one period."""
-        del chunk_frames
-        return range(last)
+            return Demand(dense, 0, books + closing, pages)
+        return Demand(dense, pages, books + closing)
 
     def _span_of(self, frame: int) -> int:
         assert self.span_frames is not None
@@ -136,13 +137,7 @@ def least_retrieval(config: CacheConfig, window: Window) -> int:
     """Fewest frames kept past the visible ones with which a span still fills before its frames leave the window."""
     if cast(PageFormat, config.format).is_dense:
         return 0
-    for frames in range(window.retrieval_frames + 1):
-        try:
-            Timeline(replace(window, retrieval_frames=frames), config.span_frames)
-        except ConfigError:
-            continue
-        return frames
-    return window.retrieval_frames
+    return min(window.retrieval_frames, max(0, config.span_frames - 1 - window.recent_frames + window.bf16_recent))
 
 
 def deepest_rung(config: CacheConfig, floor: QualityFloor) -> Rung:

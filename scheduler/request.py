@@ -3,13 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-<<<<<<< HEAD
-from qvg_paged.config import Window
-from qvg_paged.scheduler.checks import MAX_COUNT, check_integer, check_kind, check_name
-=======
 from qvg_paged.config import QualityFloor, Window
-from qvg_paged.errors import ArgumentError
->>>>>>> 50d85b0 (Scheduler over the real tiers: squeeze, park, resume, prefetch; floors per request and tenant)
+from qvg_paged.scheduler.checks import MAX_COUNT, check_integer, check_kind, check_name
 from qvg_paged.scheduler.tenant import check_fps
 
 __all__ = ["StreamRequest", "StreamState"]
@@ -63,10 +58,6 @@ class StreamRequest:
         check_integer("frames", self.frames, 1)
         check_kind("window", self.window, Window)
         check_fps(self.deadline_fps)
-<<<<<<< HEAD
         check_integer("priority", self.priority, -MAX_COUNT)
         check_integer("branches", self.branches, 1)
-=======
-        if not isinstance(self.quality, QualityFloor):
-            raise ArgumentError(f"quality: expected a QualityFloor, got {self.quality!r}")
->>>>>>> 50d85b0 (Scheduler over the real tiers: squeeze, park, resume, prefetch; floors per request and tenant)
+        check_kind("quality", self.quality, QualityFloor)

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 
 from qvg_paged.config import QualityFloor
-from qvg_paged.errors import ArgumentError
-from qvg_paged.scheduler.checks import MAX_COUNT, check_integer, check_number
+from qvg_paged.scheduler.checks import MAX_COUNT, check_integer, check_kind, check_number
 
 __all__ = ["Tenant", "TenantSpec"]
 
@@ -41,8 +40,7 @@ class TenantSpec:
         check_integer("max_queued", self.max_queued, 0)
         check_integer("priority", self.priority, -MAX_COUNT)
         check_fps(self.deadline_fps)
-        if not isinstance(self.quality, QualityFloor):
-            raise ArgumentError(f"quality: expected a QualityFloor, got {self.quality!r}")
+        check_kind("quality", self.quality, QualityFloor)
 
 
 @dataclass(frozen=True)
