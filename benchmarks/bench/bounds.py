@@ -11,8 +11,9 @@ from typing import Any
 
 from bench.attention import RELEASED_CUDNN, RELEASED_FLASH, path_name
 from bench.chunk_loop import DENSE_HISTORY
-from bench.codec import OURS, RELEASED
+from bench.decode import OURS
 from bench.dense_baselines import CUDNN, FLASH
+from bench.encode import RELEASED
 from bench.manager import ALL, BOOKKEEPING
 from bench.ragged import EVEN, SINGLE
 from bench.rows import median_ms

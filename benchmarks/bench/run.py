@@ -10,7 +10,8 @@ import torch
 from bench.attention import attention_cases
 from bench.bounds import judge
 from bench.chunk_loop import chunk_loop_cases
-from bench.codec import decode_cases, encode_cases
+from bench.decode import decode_cases
+from bench.encode import encode_cases
 from bench.manager import manager_cases
 from bench.ragged import ragged_cases
 from bench.roofline import Ceilings
