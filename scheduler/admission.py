@@ -38,6 +38,7 @@ class Books:
     """What is promised while a step is decided.
 
     Attributes:
+        limit: bytes that may be promised.
         demand, nbytes: to all running streams.
         by_tenant: bytes by tenant.
         demoted, shrunk: decisions about streams that were squeezed in this step, by id.
@@ -47,6 +48,7 @@ class Books:
 
     def __init__(self, rules: Rules, state: State, now: float, seed: int) -> None:
         self.rules, self.state, self.now, self.seed = rules, state, now, seed
+        self.limit = rules.cache.pool_nbytes if state.limit is None else state.limit
         self.demand = total(state.running.values())
         self.nbytes = sum(entry.need_nbytes for entry in state.running.values())
         self.by_tenant: dict[str, int] = {}
@@ -58,11 +60,6 @@ class Books:
         self.news: list[str] = []
         self._view: SystemView | None = None
         self.has_floors = any(tenant.spec.floor_nbytes for tenant in state.tenants.values())
-
-    @property
-    def limit(self) -> int:
-        """Bytes that may be promised."""
-        return self.rules.cache.pool_nbytes if self.state.limit is None else self.state.limit
 
     def view(self, *, forced: bool) -> SystemView:
         """What the policy sees now."""

@@ -133,7 +133,7 @@ class Checker:
     def _on_engine(self, record: dict[str, Any]) -> None:
         if record["event"] == "memory":
             self.ledger.expect("memory", record["fits"], "the engine ran out of memory")
-            resident = len(self.ledger.within("running"))
+            resident = sum([stream.state == "running" for stream in self.ledger.live.values()])
             self.ledger.expect("engine", record["open"] == resident, f"{record['open']} are open, {resident} run")
 
     def _on_plan(self, plan: dict[str, Any]) -> None:

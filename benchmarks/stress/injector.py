@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Injector"]
 
+CROWD = 100
+"""Streams beyond which no flood adds more."""
 WANTED = {
     "cancel queued": (StreamState.QUEUED,),
     "cancel running": (StreamState.RUNNING,),
@@ -101,11 +103,12 @@ class Injector:
         if self._draw("too large"):
             self._hit("too large")
             self._run.submit("t0", self._run.scenario.frames[1], branches=10_000)
-        if self._draw("flood"):
+        crowded = len(self._run.requests) > CROWD
+        if not crowded and self._draw("flood"):
             self._hit("flood")
             for _ in range(30):
                 self._run.submit("flooder", self._run.scenario.frames[0])
-        if self._draw("fill and squeeze"):
+        if not crowded and self._draw("fill and squeeze"):
             self._hit("fill and squeeze")
             for _ in range(3):
                 self._run.submit("squeezer", self._run.scenario.frames[1], branches=1)

@@ -100,20 +100,12 @@ class StaticCache:
         self.layouts = page_layouts(geometry.model, self.config)
         sizes = [size for size in object_counts(self.layouts, Demand(1, 1, 1)) if size]
         self.slabs = SlabGeometry.choose(sizes, pool_nbytes)
+        self.pool_nbytes = self.slabs.nbytes
+        self.frames_per_chunk = geometry.model.frames_per_chunk
         sizes = [self.layouts[0].page_nbytes, 0, 0]
         if len(self.layouts) > 1:
             sizes[1:] = self.layouts[1].page_nbytes, self.layouts[1].codebook_nbytes
         self._sizes = sizes
-
-    @property
-    def pool_nbytes(self) -> int:
-        """Bytes for pages and codebooks."""
-        return self.slabs.nbytes
-
-    @property
-    def frames_per_chunk(self) -> int:
-        """Most frames denoised together."""
-        return self.geometry.model.frames_per_chunk
 
     def demand(self, window: Window, frames: int | None = None) -> Demand:
         """Most of each kind of pool object that a stream of `frames` frames ever holds."""
@@ -141,11 +133,10 @@ class StaticCache:
             self.slabs.slab_nbytes,
             self.slabs.num_slabs if nbytes is None else nbytes // self.slabs.slab_nbytes,
         )
-        needed = sum(
-            -(-count // (slab // size))
-            for size, count in zip(self._sizes, (dense, quantised, codebooks), strict=True)
-            if count
-        )
+        needed = 0
+        for size, count in zip(self._sizes, (dense, quantised, codebooks), strict=True):
+            if count:
+                needed += -(-count // (slab // size))
         return needed <= usable
 
 
@@ -161,13 +152,8 @@ class SimulatedCache(StaticCache):
 
     def __init__(self, geometry: Geometry, pool_nbytes: int, host_nbytes: int, costs: Costs) -> None:
         super().__init__(geometry, pool_nbytes)
-        self._host_nbytes = host_nbytes
+        self.host_nbytes = host_nbytes
         self._costs = costs
-
-    @property
-    def host_nbytes(self) -> int:
-        """Bytes on the host for parked streams."""
-        return self._host_nbytes
 
     def chunk_demand(self, window: Window, committed: int, frames: int) -> Demand:
         """Pool objects while a chunk of `frames` frames is open after `committed` frames."""

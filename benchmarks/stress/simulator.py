@@ -23,6 +23,8 @@ from stress.scenario import Scenario, tenant_specs
 
 __all__ = ["Run", "Simulator", "simulate"]
 
+MORE = 8
+"""Streams that come at a time once the scenario's own have come and too little has happened."""
 OWN = ("fcfs", "priority", "fair-share", "earliest-deadline")
 
 
@@ -60,7 +62,7 @@ class Simulator:
         self.gone: deque[str] = deque(maxlen=8)
         self.serial = 0
         self.faults = Injector(self)
-        self.arrivals = self._make_arrivals(0.0)
+        self.arrivals = self._make_arrivals(0.0, scenario.streams)
 
     def _make_cache(self) -> StaticCache:
         scenario = self.scenario
@@ -77,12 +79,12 @@ class Simulator:
             return HOSTILE[self.scenario.policy](Random(self.rng.random()), self.clock)
         return load_policy(self.scenario.policy)
 
-    def _make_arrivals(self, start: float) -> list[Arrival]:
+    def _make_arrivals(self, start: float, count: int) -> list[Arrival]:
         """The latest first."""
         scenario, rng = self.scenario, self.rng
         if scenario.trace:
             return sorted(scenario.trace, key=lambda arrival: arrival.at)[::-1] if start == 0.0 else []
-        times = arrival_times(scenario.arrivals, rng, scenario.rate, scenario.streams)
+        times = arrival_times(scenario.arrivals, rng, scenario.rate, count)
         names = [f"t{rng.randrange(scenario.tenants)}" for _ in times]
         chunk = self.geometry.model.frames_per_chunk if scenario.whole_chunks else 1
         frames = [-(-rng.randint(*scenario.frames) // chunk) * chunk for _ in times]
@@ -96,9 +98,11 @@ class Simulator:
     def run(self) -> Run:
         """Until everything has drained, or too many steps have passed."""
         result, most = self.result, self.scenario.most_steps
-        while (self.arrivals or self.scheduler.busy) and result.steps < most:
-            if self.faults.active and not self.arrivals:
+        while result.steps < most:
+            if self.faults.active and (not self.arrivals or 0 < self.scenario.least_events <= result.events):
                 self._more_or_calm()
+            if not self.arrivals and not self.scheduler.busy:
+                break
             self._arrive()
             if not self.scheduler.busy:
                 self.clock.now = self.arrivals[-1].at
@@ -111,9 +115,10 @@ class Simulator:
         return result
 
     def _more_or_calm(self) -> None:
-        """The arrivals are over: more of them if too little has happened, else no more faults."""
+        """The arrivals are over: more of them if too little has happened, else no more of them and of faults."""
+        self.arrivals = []
         if self.result.events < self.scenario.least_events:
-            self.arrivals = self._make_arrivals(self.clock.now)
+            self.arrivals = self._make_arrivals(self.clock.now, MORE)
         if not self.arrivals:
             self.faults.stop()
 
