@@ -1,9 +1,10 @@
 """Who runs, who waits, who makes room and who is refused: values in, values out, no tensors."""
 
-from qvg_paged.scheduler.async_driver import AsyncScheduler, Engine
+from qvg_paged.scheduler.async_driver import AsyncScheduler
 from qvg_paged.scheduler.async_stream import AsyncStream
 from qvg_paged.scheduler.backend import CacheBackend, LadderBackend, ParkingBackend
 from qvg_paged.scheduler.config import Reservation, SchedulerConfig
+from qvg_paged.scheduler.engine import Engine, Generator
 from qvg_paged.scheduler.errors import RefusedError, StreamCancelledError, StreamFailedError, StreamLostError
 from qvg_paged.scheduler.log import DecisionLog
 from qvg_paged.scheduler.plan import Decision, Outcome, Plan, Reason
@@ -25,6 +26,7 @@ __all__ = [
     "EarliestDeadline",
     "Engine",
     "FairShare",
+    "Generator",
     "LadderBackend",
     "Outcome",
     "ParkingBackend",

@@ -15,50 +15,22 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from qvg_paged.errors import ArgumentError, StateError
-from qvg_paged.ladder import Squeeze
 from qvg_paged.scheduler.async_stream import AsyncStream, Feed
 from qvg_paged.scheduler.checks import check_integer, check_kind, check_number
+from qvg_paged.scheduler.engine import Engine, Generator, Streams, describe
 from qvg_paged.scheduler.errors import RefusedError
 from qvg_paged.scheduler.plan import Decision, Outcome, Plan
 from qvg_paged.scheduler.request import StreamRequest
 from qvg_paged.scheduler.scheduler import Scheduler
+from qvg_paged.scheduler.store import TieredCache
 
-__all__ = ["AsyncScheduler", "Engine"]
+__all__ = ["AsyncScheduler"]
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
-
-
-class Engine(Protocol[T_co]):
-    """What carries plans out. What it raises fails the stream that it is about, no other."""
-
-    def open(self, request: StreamRequest) -> None:
-        """A stream was admitted."""
-
-    def generate(self, chunks: Mapping[str, range]) -> Mapping[str, "T_co | Exception"]:
-        """Generate and commit these frames of these streams, together.
-
-        Returns:
-            Per stream its chunk, which goes to whoever submitted it, or the error that ends it. A stream that is left
-            out has committed nothing and is asked again.
-        """
-
-    def park(self, stream_id: str) -> None:
-        """Move a stream out of the pool; never called where ``Scheduler.reservation`` is to completion."""
-
-    def resume(self, stream_id: str) -> None:
-        """Bring a parked stream back."""
-
-    def squeeze(self, stream_id: str, squeeze: Squeeze) -> None:
-        """Store a stream more cheaply; called only where the scheduler's cache is a `LadderBackend`."""
-
-    def close(self, stream_id: str) -> None:
-        """A stream that was opened is over; what this raises is not passed on."""
 
 
 @dataclass
@@ -78,7 +50,8 @@ class AsyncScheduler(Generic[T]):
 
     Args:
         scheduler: whom to ask; while the driver runs, submit and cancel through the driver.
-        engine: what carries the plans out.
+        engine: what carries the plans out; with `store`, what generates.
+        store: what closes, squeezes, parks, resumes and opens streams, in place of the engine.
         clock: seconds for ``Scheduler.step``.
         poll_seconds: how long to wait before trying again when nothing can move.
 
@@ -89,18 +62,18 @@ class AsyncScheduler(Generic[T]):
     def __init__(
         self,
         scheduler: Scheduler,
-        engine: Engine[T],
+        engine: "Engine[T] | Generator[T]",
         *,
+        store: TieredCache | None = None,
         clock: Callable[[], float] = time.monotonic,
         poll_seconds: float = 0.05,
     ) -> None:
         check_kind("scheduler", scheduler, Scheduler)
         check_number("poll_seconds", poll_seconds, 1e-6, 1e6, "a number from 1e-6 to 1e6")
         self.scheduler = scheduler
-        self._engine, self._clock, self._poll = engine, clock, poll_seconds
+        self._generator, self._clock, self._poll = engine, clock, poll_seconds
+        self._store = Streams(engine) if store is None else store
         self._feeds: dict[str, Feed[T]] = {}
-        self._requests: dict[str, StreamRequest] = {}
-        self._opened: set[str] = set()
         self._draining = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -142,8 +115,8 @@ class AsyncScheduler(Generic[T]):
 
         Args:
             request: what to generate.
-            buffer: chunks generated ahead of who reads them; the stream pauses when they are not read. 0 if nobody
-                will: chunks are dropped.
+            buffer: chunks generated ahead of who reads them; the stream pauses when they are not read, but not for
+                ever while others wait for its memory. 0 if nobody will read: chunks are dropped.
 
         Raises:
             RefusedError: the request was not accepted.
@@ -155,14 +128,13 @@ class AsyncScheduler(Generic[T]):
         check_kind("request", request, StreamRequest)
         if request.id in self._feeds:
             raise ArgumentError(f"id: expected one that is not in use, got {request.id!r}")
-        feed: Feed[T] = Feed(buffer, self._wake)
-        self._feeds[request.id], self._requests[request.id] = feed, request  # before the other thread sees the stream
+        feed = self._feeds[request.id] = Feed(buffer, self._wake)  # before the other thread sees the stream
         try:
             decision = self.scheduler.submit(request)
             if decision.reason.is_refusal:
                 raise RefusedError(decision)
         except BaseException:
-            del self._feeds[request.id], self._requests[request.id]
+            del self._feeds[request.id]
             raise
         self._wake.set()
         return AsyncStream(self, request, feed)
@@ -210,6 +182,7 @@ class AsyncScheduler(Generic[T]):
 
     async def _drive(self) -> None:
         assert self._loop is not None
+        stuck = False
         try:
             while True:
                 self._wake.clear()
@@ -218,10 +191,12 @@ class AsyncScheduler(Generic[T]):
                         self._idle.set()
                     await self._wake.wait()
                     continue
-                full = frozenset(name for name, feed in self._feeds.items() if feed.full and not self._draining)
+                unread = not (stuck or self._draining)
+                full = frozenset(name for name, feed in self._feeds.items() if unread and feed.full)
                 turn = await self._loop.run_in_executor(self._thread, self._turn, full)
                 self._deliver(turn)
-                if not turn.moved:
+                stuck = not turn.moved and bool(full and turn.plan.waiting)
+                if not (turn.moved or stuck):
                     await self._pause()
         except Exception as error:
             for feed in self._feeds.values():
@@ -243,7 +218,6 @@ class AsyncScheduler(Generic[T]):
 
     def _end(self, decision: Decision) -> None:
         feed = self._feeds.pop(decision.stream_id, None)
-        self._requests.pop(decision.stream_id, None)
         if feed is not None:
             feed.end(decision)
 
@@ -254,21 +228,12 @@ class AsyncScheduler(Generic[T]):
     def _turn(self, full: frozenset[str]) -> _Turn[T]:
         """A step, carried out; in the driver's thread."""
         plan = self.scheduler.step(self._clock())
-        failed: dict[str, str] = {}
-        for decision in plan.finished:
-            self._close(decision.stream_id)
-        for decision in (*plan.demoted, *plan.shrunk):
-            self._attempt(failed, decision.stream_id, partial(self._squeeze, decision.squeeze))
-        for decision in plan.parked:
-            self._attempt(failed, decision.stream_id, self._engine.park)
-        for decision in plan.resumed:
-            self._attempt(failed, decision.stream_id, self._engine.resume)
-        for decision in plan.admitted:
-            self._attempt(failed, decision.stream_id, self._open)
+        requests = {decision.stream_id: self.scheduler.request(decision.stream_id) for decision in plan.admitted}
+        failed = self._store.carry_out(plan, requests)
         wanted = {
             decision.stream_id: decision.frames or range(0)
             for decision in plan.running
-            if decision.stream_id in self._opened and decision.stream_id not in {*failed, *full}
+            if decision.stream_id not in {*failed, *full}
         }
         chunks = self._generate(wanted, failed)
         self.scheduler.update(plan, Outcome({name: len(wanted[name]) for name in chunks}, failed))
@@ -279,37 +244,11 @@ class AsyncScheduler(Generic[T]):
         if not wanted:
             return {}
         try:
-            made = dict(self._engine.generate(wanted))
+            made = dict(self._generator.generate(wanted))
             if not made.keys() <= wanted.keys():
                 raise ArgumentError(f"generate: expected chunks of {sorted(wanted)}, got {sorted(made)}")
         except Exception as error:
-            failed.update(dict.fromkeys(wanted, _text(error)))
+            failed.update(dict.fromkeys(wanted, describe(error)))
             return {}
-        failed.update({name: _text(chunk) for name, chunk in made.items() if isinstance(chunk, Exception)})
+        failed.update({name: describe(chunk) for name, chunk in made.items() if isinstance(chunk, Exception)})
         return {name: chunk for name, chunk in made.items() if not isinstance(chunk, Exception)}
-
-    def _open(self, stream_id: str) -> None:
-        request = self._requests.get(stream_id)
-        if request is not None:  # else it was cancelled since the plan was made
-            self._opened.add(stream_id)
-            self._engine.open(request)
-
-    def _squeeze(self, squeeze: Squeeze | None, stream_id: str) -> None:
-        if squeeze is not None:
-            self._engine.squeeze(stream_id, squeeze)
-
-    def _close(self, stream_id: str) -> None:
-        if stream_id in self._opened:
-            self._opened.remove(stream_id)
-            self._attempt({}, stream_id, self._engine.close)
-
-    @staticmethod
-    def _attempt(failed: dict[str, str], stream_id: str, call: Callable[[str], Any]) -> None:
-        try:
-            call(stream_id)
-        except Exception as error:
-            failed[stream_id] = _text(error)
-
-
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -26,9 +26,9 @@ DECISIONS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
 REFUSALS = tuple(reason for reason in Reason if reason.is_refusal)
 ENDS = {Reason.COMPLETED: "finished", Reason.FAILED: "failed", Reason.CANCELLED: "cancelled"}
 PARKS = (Reason.PARKED, Reason.SQUEEZED)
-WAITING = tuple(
-    reason for reason in Reason if reason not in (*REFUSALS, *ENDS, Reason.ADMITTED, Reason.RESUMED, Reason.ADVANCE)
-)
+SQUEEZES = (Reason.DEMOTED, Reason.SHRUNK)
+NOT_WAITING = (*REFUSALS, *ENDS, *SQUEEZES, Reason.ADMITTED, Reason.RESUMED, Reason.ADVANCE)
+WAITING = tuple(reason for reason in Reason if reason not in NOT_WAITING)
 SAMPLE_SECONDS = 5.0
 WINDOW_SECONDS = 60.0
 
@@ -88,6 +88,7 @@ class SchedulerMetrics(Collector):
         self._admission = counter("kvp_admission", "What requests met with.", "outcome", "reason")
         self._ended = counter("kvp_streams_ended", "Streams that came to an end.", "state")
         self._parked = counter("kvp_preemptions", "Streams that were parked.", "kind")
+        self._squeezed = counter("kvp_squeezes", "Running streams that were stored more cheaply.", "kind")
         self._resumed = counter("kvp_resumes", "Streams that came back.")
         self._chunks = counter("kvp_chunks", "Chunks committed.", "tenant")
         self._frames = counter("kvp_frames", "Frames committed.", "tenant")
@@ -107,6 +108,8 @@ class SchedulerMetrics(Collector):
             self._ended.labels(end)
         for reason in PARKS:
             self._parked.labels(reason.value)
+        for reason in SQUEEZES:
+            self._squeezed.labels(reason.value)
         for hook in ("rank", "park"):
             self._policy.labels(self._scheduler.policy_name, hook)
 
@@ -176,6 +179,8 @@ class SchedulerMetrics(Collector):
             self._wait.observe(now - (now if watch.since is None else watch.since))
         for decision in plan.parked:
             self._parked.labels(decision.reason.value).inc()
+        for decision in (*plan.demoted, *plan.shrunk):
+            self._squeezed.labels(decision.reason.value).inc()
         self._resumed.inc(len(plan.resumed))
         for decision in plan.finished:
             self._end(decision.stream_id, decision.reason)

@@ -222,6 +222,14 @@ class Scheduler:
         """
         return self._entry(stream_id).committed
 
+    def request(self, stream_id: str) -> StreamRequest:
+        """What was asked for.
+
+        Raises:
+            ArgumentError: unknown id.
+        """
+        return self._entry(stream_id).request
+
     def service(self, tenant: str) -> float:
         """Cost units a tenant has had.
 

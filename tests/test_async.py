@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -12,13 +13,17 @@ from tiny import WINDOW, grow, make_cache
 from qvg_paged import ArgumentError, KVCacheManager, OutOfMemoryError, StateError, Window
 from qvg_paged.scheduler import (
     AsyncScheduler,
+    FairShare,
+    Plan,
     Reason,
     RefusedError,
     Scheduler,
+    SchedulerConfig,
     StreamCancelledError,
     StreamFailedError,
     StreamRequest,
     StreamState,
+    TieredCache,
 )
 
 
@@ -137,6 +142,15 @@ def test_an_unread_stream_pauses_and_goes_on_when_it_is_read() -> None:
         while driver.scheduler.committed("slow") < 6:
             await asyncio.sleep(0.005)
         assert len(await slow) == 3
+
+    run(scenario)
+
+
+def test_unread_streams_do_not_stop_those_that_wait_for_their_memory() -> None:
+    async def scenario(driver: AsyncScheduler[Any], _: Recorder) -> None:
+        unread = [driver.submit(request(name), buffer=1) for name in "ab"]
+        assert len(await driver.submit(request("c"))) == 4, "it waits until one of them is done"
+        assert [len(await stream) for stream in unread] == [4, 4]
 
     run(scenario)
 
@@ -402,3 +416,46 @@ def test_cancelling_at_every_moment_leaves_nothing_behind() -> None:
 
         run(scenario)
     assert cancelled >= 5
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_over_a_tiered_cache_streams_are_squeezed_and_parked_and_all_chunks_arrive() -> None:
+    manager = make_cache(pool=260 << 10, host_memory="2MiB")
+    cache = TieredCache(manager)
+    scheduler = Scheduler(cache, FairShare(quantum=0.5), SchedulerConfig(headroom=0.0))
+    moves: Counter[str] = Counter()
+
+    class Watcher:
+        def answered(self, *_: Any) -> None:
+            pass
+
+        def planned(self, plan: Plan, *_: Any) -> None:
+            moves.update(parked=len(plan.parked), resumed=len(plan.resumed), admitted=len(plan.admitted))
+
+    class Generate:
+        def generate(self, chunks: Mapping[str, range]) -> Mapping[str, Any]:
+            made: dict[str, Any] = {}
+            for name, frames in chunks.items():
+                try:
+                    for stream in cache.streams(name):
+                        grow(stream, len(frames))
+                    made[name] = frames
+                except OutOfMemoryError:
+                    continue
+            return made
+
+    async def main() -> None:
+        scheduler.observe(Watcher())
+        async with AsyncScheduler(scheduler, Generate(), store=cache, poll_seconds=0.01) as driver:
+            window = Window(sink_frames=1, recent_frames=8, retrieval_frames=12)
+            streams = [driver.submit(StreamRequest(f"s{i}", f"t{i % 3}", 24, window)) for i in range(6)]
+            streams[5].cancel()
+            for stream in streams[:5]:
+                assert [list(frames) for frames in await stream] == [list(range(i, i + 3)) for i in range(0, 24, 3)]
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert moves["parked"] > 0
+    assert moves["resumed"] == moves["parked"]
+    assert manager.stats().used_nbytes == 0
+    assert not manager.streams
+    manager.check_integrity()

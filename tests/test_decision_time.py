@@ -1,4 +1,4 @@
-"""What a step of the scheduler takes, for `make bench`; `make test` runs the smaller cases once, untimed.
+"""What a step of the scheduler takes, for `make bench-tests`; `make test` runs the smaller cases once, untimed.
 
 256 and 4,096 streams of 16 tenants over a pool that holds a few of them; between two steps up to eight things happen:
 four chunks are reported, two streams are cancelled and two come. The bound at the 99th percentile is 250 us and 2 ms

@@ -12,7 +12,10 @@ MODEL = ModelSpec(num_layers=4, num_kv_heads=2, head_dim=64, tokens_per_frame=64
 
 
 class Engine:
-    """Random tensors are the model. The driver calls it from one thread, one method at a time."""
+    """Random tensors are the model. The driver calls it from one thread, one method at a time.
+
+    Over this cache nobody is parked or squeezed, so it has no methods for that.
+    """
 
     def __init__(self, cache: KVCacheManager) -> None:
         self.cache = cache
@@ -39,12 +42,6 @@ class Engine:
                     out = chunk.attend(layer, q, k, v)
             chunk.commit()
         return out
-
-    def park(self, stream_id: str) -> None:
-        """This engine does not park, and with ``no_preemption`` or a cache that cannot, nobody asks it to."""
-        raise NotImplementedError(stream_id)
-
-    resume = park
 
     def close(self, stream_id: str) -> None:
         """The stream is over."""
