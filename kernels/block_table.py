@@ -3,10 +3,12 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, pairwise
-from typing import Any, TypeVar
+from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 __all__ = ["BlockTable", "FormatGroup"]
 
@@ -36,20 +38,16 @@ class FormatGroup:
 
 ALIGNMENT = 4
 """Numbers of four bytes: every plane of an upload starts at a multiple of 16 bytes, as a tensor of its own would."""
-N = TypeVar("N", int, float)
 
 
-def _padded(values: list[N]) -> list[N]:
-    return values + [values[0]] * (-len(values) % ALIGNMENT)
-
-
-def _taken(plane: torch.Tensor, sizes: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Tensors of so many elements from the front of `plane`, and what is left of it."""
-    taken = []
-    for size in sizes:
-        taken.append(plane[:size])
-        plane = plane[size + -size % ALIGNMENT :]
-    return taken, plane
+def _upload(planes: Sequence[NDArray[np.int32]], device: torch.device) -> list[torch.Tensor]:
+    """All `planes` in one copy to `device`."""
+    starts = list(accumulate((len(plane) + -len(plane) % ALIGNMENT for plane in planes), initial=0))
+    on_host = np.zeros(starts[-1], dtype=np.int32)
+    for plane, start in zip(planes, starts, strict=False):
+        on_host[start : start + len(plane)] = plane
+    uploaded = torch.from_numpy(on_host).to(device, non_blocking=True)
+    return [uploaded[start : start + len(plane)] for plane, start in zip(planes, starts, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -101,30 +99,19 @@ class BlockTable:
     @cached_property
     def groups(self) -> dict[int, FormatGroup]:
         """The entries by format index, uploaded once and together."""
-        orders = {fmt: tuple(i for i, f in enumerate(self.formats) if f == fmt) for fmt in sorted(set(self.formats))}
-        indptrs = {fmt: self._indptr(fmt, order) for fmt, order in orders.items()}
-        ints: list[int] = []
-        floats: list[float] = []
-        for fmt, order in orders.items():
-            for values in ([self.pages[i] for i in order], [self.codebooks[i] for i in order], indptrs[fmt]):
-                ints += _padded(values)
-            floats += _padded([self.positions[i] for i in order])
-        planes = torch.tensor(ints, dtype=torch.int32), torch.tensor(floats, dtype=torch.float32)
-        on_host = torch.cat([planes[0], planes[1].view(torch.int32)])
-        uploaded = on_host.to(self.device, non_blocking=True)
-        rest, positions = uploaded[: len(ints)], uploaded[len(ints) :].view(torch.float32)
+        formats, positions = np.array(self.formats), np.array(self.positions, dtype=np.float32)
+        columns = np.array((self.pages, self.codebooks, positions.view(np.int32)), dtype=np.int32)
+        orders = {fmt: np.flatnonzero(formats == fmt) for fmt in sorted(set(self.formats))}
+        indptrs = {fmt: np.searchsorted(order, self.indptr).astype(np.int32) for fmt, order in orders.items()}
+        planes = [plane for fmt, order in orders.items() for plane in (*columns[:, order], indptrs[fmt])]
+        uploaded = iter(_upload(planes, self.device))
         groups = {}
         for fmt, order in orders.items():
-            sizes = (len(order), len(order), len(indptrs[fmt]))
-            (pages, codebooks, indptr), rest = _taken(rest, sizes)
-            (where,), positions = _taken(positions, (len(order),))
-            groups[fmt] = FormatGroup(pages, codebooks, where, indptr, tuple(indptrs[fmt]), order)
+            pages, codebooks, where, indptr = (next(uploaded) for _ in range(4))
+            host_indptr = tuple(indptrs[fmt].tolist())
+            positions_of = where.view(torch.float32)
+            groups[fmt] = FormatGroup(pages, codebooks, positions_of, indptr, host_indptr, tuple(order.tolist()))
         return groups
-
-    def _indptr(self, fmt: int, order: tuple[int, ...]) -> list[int]:
-        if self.batch == 1:
-            return [0, len(order)]
-        return list(accumulate((self.formats[a:b].count(fmt) for a, b in pairwise(self.indptr)), initial=0))
 
     def dense(self, fill: int = -1) -> torch.Tensor:
         """Page ids as ``[batch, longest]`` int32 on the host, padded with `fill`: the form LLM engines use."""

@@ -84,13 +84,11 @@ def _begin(
     reservation = manager.store.reserve(stream.tenant, count, closing, timeline.closing_frames, timeline.closing_format)
     manager.encoder.order_after()
     pages = [stream.pages[frame] for frame in visible] + reservation.scratch
-    named = ((page.slot.id, page.codebook_id if page.codebook else NO_CODEBOOK, page.format) for page in pages)
-    ids, codebooks, formats = zip(*named, strict=True)
     where = map(float, (*visible, *frames))
     table = BlockTable(
-        pages=ids,
-        codebooks=codebooks,
-        formats=formats,
+        pages=tuple([page.slot.id for page in pages]),
+        codebooks=tuple([page.codebook.slot.id if page.codebook else NO_CODEBOOK for page in pages]),
+        formats=tuple([page.format for page in pages]),
         positions=tuple(where if not positions else (positions.get(int(frame), frame) for frame in where)),
         indptr=(0, len(pages)),
         device=manager.device,

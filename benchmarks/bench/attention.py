@@ -105,20 +105,24 @@ def _shapes(bench: Bench) -> Iterator[AttentionShape]:
         for queries in (16, 4680):
             yield AttentionShape(queries, HistorySpec((18,), 1560, 12), 12, _video_bounds(queries, 12), True)
         return
-    for frames in (18, 53):
-        for heads in (12, 40):
-            spec = HistorySpec((frames,), 1560, heads)
-            for queries in (1, 16, 64, 1560, 4680, 9360):
-                yield AttentionShape(queries, spec, heads, _video_bounds(queries, heads), queries >= 1560)
-            spec = HistorySpec((frames,), 1560, heads, rope=True)
-            yield AttentionShape(4680, spec, heads, ("staged, RoPE on read",))
+    yield from _video_shapes(18)
     for heads in (8, 32):
         yield AttentionShape(1, HistorySpec((32,) * 8, 1024, heads), 32, ("direct, 1 query",))
+    yield from _video_shapes(53)
     for dim, heads in ((64, 24), (256, 6)):
         for queries in (16, 4680):
             yield AttentionShape(queries, HistorySpec((18,), 1560, heads, dim), heads)
     for queries in (16, 4680):
         yield AttentionShape(queries, HistorySpec((18,), 1560, 4), 32)
+
+
+def _video_shapes(frames: int) -> Iterator[AttentionShape]:
+    """Rows with bounds at a history of so many frames."""
+    for heads in (12, 40):
+        spec = HistorySpec((frames,), 1560, heads)
+        for queries in (1, 16, 64, 1560, 4680, 9360):
+            yield AttentionShape(queries, spec, heads, _video_bounds(queries, heads), queries >= 1560)
+        yield AttentionShape(4680, HistorySpec((frames,), 1560, heads, rope=True), heads, ("staged, RoPE on read",))
 
 
 def _video_bounds(queries: int, heads: int) -> tuple[str, ...]:
