@@ -17,7 +17,7 @@ from qvg_paged.kernels.rope import RoPELayout
 from qvg_paged.pool import SlabGeometry
 from qvg_paged.timeline import Demand, Timeline
 
-__all__ = ["Budget", "Estimate", "demotion_reserve", "estimate", "least_staging", "page_layouts"]
+__all__ = ["Budget", "Estimate", "demotion_reserve", "estimate", "least_demand", "least_staging", "page_layouts"]
 
 STAGING_SHARE = 16
 MAX_DEFAULT_STAGING = 256 << 20
@@ -140,12 +140,18 @@ class Budget:
         return budget
 
 
-def _slabs(model: ModelSpec, config: CacheConfig, layouts: tuple[PageLayout, ...], nbytes: int) -> SlabGeometry | None:
-    """How a pool of `nbytes` is cut, or None if it cannot hold one chunk and the spans it may close."""
+def least_demand(model: ModelSpec, config: CacheConfig) -> Demand:
+    """One chunk and the spans it may close, and what is kept free: the least a pool must hold."""
     chunk, span = model.frames_per_chunk, config.span_frames
     closing = -(-chunk // span)
-    demand = Demand(chunk + span, closing * span, closing) if len(layouts) > 1 else Demand(chunk + 1)
-    demand += demotion_reserve(model, config)
+    dense = cast(PageFormat, config.format).is_dense
+    demand = Demand(chunk + 1) if dense else Demand(chunk + span, closing * span, closing)
+    return demand + demotion_reserve(model, config)
+
+
+def _slabs(model: ModelSpec, config: CacheConfig, layouts: tuple[PageLayout, ...], nbytes: int) -> SlabGeometry | None:
+    """How a pool of `nbytes` is cut, or None if it cannot hold one chunk and the spans it may close."""
+    demand = least_demand(model, config)
     sizes = object_sizes(layouts)
     try:
         slabs = SlabGeometry.choose(sizes, nbytes)

@@ -20,7 +20,7 @@ from qvg_paged.timeline import Demand
 if TYPE_CHECKING:
     from qvg_paged.manager import KVCacheManager
 
-__all__ = ["compact", "make_room", "make_room_for", "movable"]
+__all__ = ["compact", "empty_slab", "make_room", "make_room_for", "movable"]
 
 
 def make_room(manager: "KVCacheManager", demand: Demand) -> None:
@@ -55,7 +55,7 @@ def compact(manager: "KVCacheManager") -> int:
     for (nbytes, slab), slots in sorted(by_slab.items(), key=lambda item: (len(item[1]), -item[0][1])):
         elsewhere = pool.room(nbytes) - (pool.slab_nbytes // nbytes - len(slots))
         if len(slots) <= elsewhere and all(slot.id in owners for slot in slots):
-            _empty(manager, slab, slots, owners)
+            empty_slab(manager, slab, slots, owners)
             emptied += 1
     if emptied:
         pool.reclaim(wait=True)
@@ -76,7 +76,7 @@ def movable(manager: "KVCacheManager") -> dict[int, Page | Codebook]:
     return {slot_id: thing for slot_id, thing in found.items() if thing not in fixed}
 
 
-def _empty(manager: "KVCacheManager", slab: int, slots: list[Slot], owners: dict[int, Page | Codebook]) -> None:
+def empty_slab(manager: "KVCacheManager", slab: int, slots: list[Slot], owners: dict[int, Page | Codebook]) -> None:
     """Move everything out of a slab; it is free once what was launched so far is done."""
     pool = manager.store.pool
     fault_point("pool.compact")

@@ -26,9 +26,13 @@ class SpanEncoder:
         self._side = None
         if buffer.device.type == "cuda":
             self._side = torch.cuda.Stream(buffer.device)
-            # A pool that is dropped while a span is being encoded is not given to anyone else before that is done.
-            buffer.record_stream(self._side)
+        self.guard()
         self._done: Fence | None = None
+
+    def guard(self) -> None:
+        """See to it that a pool dropped while a span is encoded is not given to anyone else before that is done."""
+        if self._side is not None:
+            self._buffer.record_stream(self._side)
 
     def _on_side_stream(self) -> AbstractContextManager[object]:
         if self._side is None:

@@ -125,6 +125,7 @@ CHUNK_FAULT_POINTS = (
 
 TIER_FAULT_POINTS = (
     "pool.compact",
+    "pool.resize",
     "demote.reserve",
     "demote.layer",
     "demote.publish",

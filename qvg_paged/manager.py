@@ -31,6 +31,7 @@ from qvg_paged.page import DENSE_FORMAT, Page, PageStore
 from qvg_paged.park import Parked, Tier, cancel_prefetch, discard, park_stream, prefetch_stream, resume_stream
 from qvg_paged.pool import SlabPool
 from qvg_paged.reader import page_digest, read_pages
+from qvg_paged.resize import grow_pool, shrink_pool
 from qvg_paged.scratch import ScratchWriter
 from qvg_paged.stats import CacheStats, cache_stats, object_stats, stream_stats
 from qvg_paged.stream import Stream
@@ -310,6 +311,30 @@ class KVCacheManager:
         """See `Stream.shrink_retrieval`."""
         with self._lock:
             return shrink_retrieval(self, stream, frames)
+
+    def shrink(self, nbytes: int) -> int:
+        """Give pool memory back to the host engine, in whole slabs; bytes that it got, at least `nbytes`.
+
+        Pages move together first. The pool's storage is replaced by a smaller one, so for a moment both are there.
+        The bytes go back to PyTorch's allocator (``torch.cuda.empty_cache`` hands them on). Over a scheduler, call its
+        ``limit_pool`` before, and this once running streams have been squeezed or parked.
+
+        Raises:
+            OutOfMemoryError: streams hold more than what would be left, or it could not hold a chunk; none has changed.
+            StateError: a chunk is open or a stream on its way back.
+        """
+        with self._lock, self._tally, torch.no_grad():
+            return shrink_pool(self, nbytes)
+
+    def grow(self, nbytes: int) -> int:
+        """Take memory again that `shrink` gave back; bytes that the pool got, at most `nbytes`.
+
+        Raises:
+            torch.OutOfMemoryError: the device has none; nothing changed.
+            StateError: a chunk is open or a stream on its way back.
+        """
+        with self._lock, torch.no_grad():
+            return grow_pool(self, nbytes)
 
     def park(self, stream: Stream, tier: Tier | None = None) -> Tier:
         """See `Stream.park`."""

@@ -258,6 +258,23 @@ class SlabPool:
             kind.free_slots -= kind.slots
             heapq.heappush(self._free_slabs, slab)
 
+    def resize(self, num_slabs: int) -> None:
+        """Cut the pool, whose slabs from there on are free, or make it longer. The buffer stays the same tensor.
+
+        Nothing may be in flight: its memory is another afterwards.
+        """
+        before, nbytes = self.num_slabs, num_slabs * self.slab_nbytes
+        other = torch.empty(nbytes, dtype=torch.uint8, device=self.buffer.device)
+        kept = min(nbytes, self.buffer.numel())
+        other[:kept] = self.buffer[:kept]
+        other[kept:] = self._fill
+        self.buffer.set_(other.untyped_storage(), 0, other.shape, other.stride())
+        self._free_slabs = [slab for slab in self._free_slabs if slab < num_slabs] + list(range(before, num_slabs))
+        heapq.heapify(self._free_slabs)
+        self._filled = Fence.record(self.buffer.device)
+        self.geometry = SlabGeometry(self.slab_nbytes, num_slabs)
+        self.num_slabs = num_slabs
+
     def bytes_of(self, slot: Slot) -> torch.Tensor:
         """The slot's bytes, ``[nbytes]`` uint8, writable."""
         start = slot.id * GRANULE

@@ -101,6 +101,11 @@ class Mover:
             _move(stop, host, outwards)
         short.clear()
 
+    def guard(self) -> None:
+        """See to it that a pool dropped during a copy is not given to anyone else before that is done."""
+        if self._side is not None:
+            self._pool.record_stream(self._side)
+
     def fence(self) -> Fence:
         """A point behind all copies launched on the current stream."""
         return Fence.record(self._pool.device)
@@ -111,7 +116,7 @@ class Mover:
             return nullcontext()
         if self._side is None:
             self._side = torch.cuda.Stream(self._pool.device)
-            self._pool.record_stream(self._side)
+            self.guard()
         self._side.wait_stream(torch.cuda.current_stream(self._pool.device))
         return torch.cuda.stream(self._side)
 

@@ -42,6 +42,7 @@ class TieredCache:
         self.manager = manager
         self._rate = transfer_rate
         self._prefetch = prefetch
+        self._slabs = manager.budget.slabs
         self._branches: dict[str, list[Stream]] = {}
         self._behind: dict[str, Squeeze] = {}
         self._worst = lru_cache(maxsize=1024)(self._worst_demand)
@@ -49,8 +50,8 @@ class TieredCache:
 
     @property
     def pool_nbytes(self) -> int:
-        """Bytes for pages and codebooks."""
-        return self.manager.pool_nbytes
+        """Bytes for pages and codebooks when the manager was given; what it gave back is a limit of the scheduler."""
+        return self._slabs.nbytes
 
     @property
     def host_nbytes(self) -> int:
@@ -73,7 +74,9 @@ class TieredCache:
 
     def can_host(self, demands: Sequence[Demand], nbytes: int | None = None) -> bool:
         """Whether these demands fit together in the pool, or in `nbytes` of it, once pages have moved together."""
-        return self.manager.can_host(demands, nbytes)
+        counts = object_counts(self.manager.layouts, sum(demands, self.manager.budget.reserve))
+        usable = self._slabs.num_slabs if nbytes is None else nbytes // self._slabs.slab_nbytes
+        return self._slabs.slabs_for(counts) <= usable
 
     def chunk_demand(self, window: Window, committed: int, frames: int) -> Demand:
         """Pool objects while a chunk of `frames` frames is open after `committed` frames."""
@@ -90,7 +93,7 @@ class TieredCache:
         after = lowered(self.manager.config, window, floor, now, committed, relief)
         if after is None or after.rung is now.rung:
             return after
-        slabs, layouts = self.manager.budget.slabs, self.manager.layouts
+        slabs, layouts = self._slabs, self.manager.layouts
         before, worst = (self._worst(window, frames, rung) for rung in (Rung.NONE, after.rung))
         larger = self.demand_nbytes(worst) > self.demand_nbytes(before)
         more = slabs.slabs_for(object_counts(layouts, worst)) > slabs.slabs_for(object_counts(layouts, before))
