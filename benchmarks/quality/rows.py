@@ -75,10 +75,17 @@ def pair(name: str, key: SpanCodec, value: SpanCodec, **changes: object) -> Row:
     return Row(name=name, cache=Cache(key=key, value=value, **changes))  # type: ignore[arg-type]
 
 
+SAME_BYTES_WINDOW = 25
+"""Unquantised frames that cost a stream what all 64 frames of the shipped model cost in `best-2bit`, peak bytes."""
 CONTROLS = (
     Row(name="rerun", cache=Cache(), group="control"),
     Row(name="other noise", cache=Cache(noise=92), group="control"),
     Row(name="last 4 frames", cache=Cache(window=4), group="control"),
+    Row(
+        name=f"last {SAME_BYTES_WINDOW} frames (bytes of best-2bit)",
+        cache=Cache(window=SAME_BYTES_WINDOW),
+        group="control",
+    ),
 )
 K = Candidate(balance="pair")
 V = Candidate()
@@ -116,6 +123,35 @@ def baselines() -> list[Row]:
         *(library(f"qvg4-int2 Kc={n}", replace(OURS, num_centroids=n)) for n in (8, 16)),
         both("Budget-PCA (4 components, token-axis asymmetric B128)",
              Candidate(levels="asym2", block=128, axis="token", centroids=0, rank=4, rank_bits=2), "baseline"),
+    ]  # fmt: skip
+
+
+def finalists() -> list[Row]:
+    """What the presets were chosen from: the kept changes together."""
+    k = Candidate(balance="knee4", centroid_bits=8, block=128)
+    v = Candidate(balance="none", centroid_bits=8, block=128)
+
+    def ours(name: str, key: int, value: int, **changes: object) -> Row:
+        return pair(
+            f"2 bits, {name}, Kc={key}/{value}",
+            replace(k, centroids=key, **changes),  # type: ignore[arg-type]
+            replace(v, centroids=value),
+        )
+
+    return [
+        ours("knee", 32, 16),
+        pair("K int4, V 2 bits, Kc=16/21", replace(k, levels="int4", centroids=16), replace(v, centroids=21)),
+        pair("K 2 bits, V int4, Kc=21/16", replace(k, centroids=21), replace(v, levels="int4", centroids=16)),
+        pair("4 bits, blocks of 128, Kc=32", *(replace(c, levels="int4", centroids=32) for c in (k, v))),
+        ours("knee", 42, 10),
+        ours("knee", 25, 25),
+        ours("root", 32, 16, balance="root"),
+        ours("spread", 32, 16, balance="pair"),
+        pair("2 bits, knee, V balanced, Kc=32/16", replace(k, centroids=32),
+             replace(v, centroids=16, balance="channel")),
+        ours("knee, query-shaped rounding 2", 32, 16, feedback=2.0),
+        ours("knee", 8, 8),
+        pair("4 bits, blocks of 64, Kc=16", *(replace(c, levels="int4", centroids=16, block=64) for c in (k, v))),
     ]  # fmt: skip
 
 
@@ -198,9 +234,11 @@ def candidates() -> list[Row]:
 SETS: dict[str, list[Row]] = {
     "controls": list(CONTROLS),
     "baselines": baselines(),
+    "finalists": finalists(),
     "candidates": candidates(),
 }
-SETS["frontier"] = [*SETS["controls"], *SETS["baselines"]]
+SETS["outliers"] = [*finalists()[:1], *finalists()[6:8], *baselines()[9:11]]
+SETS["frontier"] = [*SETS["finalists"], *SETS["baselines"], *SETS["controls"]]
 SETS["all"] = [*SETS["frontier"], *SETS["candidates"]]
 """Rows that are run together."""
 
