@@ -157,7 +157,10 @@ def test_balance_is_the_spread_of_the_channel_or_of_its_pair(pairing: RoPELayout
     elif pairing is RoPELayout.HALF_SPLIT:
         variance = ((variance[:, :32] + variance[:, 32:]) / 2).repeat(1, 2)
     expected = variance.sqrt()
-    expected = (expected.sqrt() if rule is BalanceRule.ROOT else expected).bfloat16()
+    if rule is BalanceRule.ROOT:
+        middle = expected.sort(-1).values[:, 31:32]
+        expected = torch.maximum((expected * middle).sqrt(), expected / 2)
+    expected = expected.bfloat16()
     expected[expected < 1e-6] = 1.0
     assert torch.equal(planes(span, 0)["balance"], expected)
     assert int((expected == 1).sum()) >= 4

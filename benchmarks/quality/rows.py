@@ -41,7 +41,7 @@ class Row:
 
     def tokens_per_centroid(self, tokens: int) -> float:
         """Tokens of a span of `tokens` that share a centroid, of the denser codebook of K and V."""
-        most = max(self.cache.key.centroids, self.cache.value.centroids)
+        most = max(self.cache.key.centroids_for(tokens), self.cache.value.centroids_for(tokens))
         return tokens / most if most else float("inf")
 
     def real_bits(self, model: str, tokens: int) -> float:
@@ -54,10 +54,11 @@ class Row:
 
 
 def _at(codec: SpanCodec, tokens: int, span: int, dim: int) -> float:
-    if not codec.centroids:
+    here = codec.centroids_for(tokens)
+    if not here:
         return codec.bits(span, dim)
-    span = min(span, 256 * tokens // codec.centroids)
-    return codec.with_centroids(max(1, round(codec.centroids * span / tokens))).bits(span, dim)
+    span = min(span, 256 * tokens // here)
+    return codec.with_centroids(max(1, here * span // tokens)).bits(span, dim)
 
 
 def both(name: str, codec: SpanCodec, group: str = "candidate", **changes: object) -> Row:
@@ -77,6 +78,8 @@ def pair(name: str, key: SpanCodec, value: SpanCodec, **changes: object) -> Row:
 
 SAME_BYTES_WINDOW = 25
 """Unquantised frames that cost a stream what all 64 frames of the shipped model cost in `best-2bit`, peak bytes."""
+BALANCES = ("knee", "root", "spread")
+PRESETS = ("best-2bit", "balanced", "near-lossless")
 CONTROLS = (
     Row(name="rerun", cache=Cache(), group="control"),
     Row(name="other noise", cache=Cache(noise=92), group="control"),
@@ -124,6 +127,11 @@ def baselines() -> list[Row]:
         both("Budget-PCA (4 components, token-axis asymmetric B128)",
              Candidate(levels="asym2", block=128, axis="token", centroids=0, rank=4, rank_bits=2), "baseline"),
     ]  # fmt: skip
+
+
+def presets() -> list[Row]:
+    """The library's presets, through its own encoder."""
+    return [library(name, FORMATS[name].key, FORMATS[name].value) for name in PRESETS]
 
 
 def finalists() -> list[Row]:
@@ -232,13 +240,18 @@ def candidates() -> list[Row]:
 
 
 SETS: dict[str, list[Row]] = {
+    "presets": presets(),
     "controls": list(CONTROLS),
     "baselines": baselines(),
     "finalists": finalists(),
     "candidates": candidates(),
 }
-SETS["outliers"] = [*finalists()[:1], *finalists()[6:8], *baselines()[9:11]]
-SETS["frontier"] = [*SETS["finalists"], *SETS["baselines"], *SETS["controls"]]
+SETS["outliers"] = [
+    row
+    for row in (*SETS["presets"], *SETS["finalists"], *SETS["baselines"])
+    if row.name in {*PRESETS, "QVG int2 Kc=8", "QVG int2 Kc=16", *(f"2 bits, {b}, Kc=32/16" for b in BALANCES)}
+]
+SETS["frontier"] = [*SETS["presets"], *SETS["finalists"], *SETS["baselines"], *SETS["controls"]]
 SETS["all"] = [*SETS["frontier"], *SETS["candidates"]]
 """Rows that are run together."""
 
