@@ -197,13 +197,13 @@ def _both(name: str, codec: Codec) -> PageFormat:
 
 def _value(grid: Grid, tokens_per_centroid: int) -> Codec:
     return Codec(
-        grid=grid, block_size=128, tokens_per_centroid=tokens_per_centroid, balanced=True,
+        grid=grid, block_size=128, tokens_per_centroid=tokens_per_centroid,
         scale_rule=ScaleRule.SEARCH, centroid_type=CentroidType.FP8,
     )  # fmt: skip
 
 
 def _key(grid: Grid, tokens_per_centroid: int) -> Codec:
-    return replace(_value(grid, tokens_per_centroid), balance_rule=BalanceRule.ROOT)
+    return replace(_value(grid, tokens_per_centroid), balanced=True, balance_rule=BalanceRule.ROOT)
 
 
 DENSE = _both("dense", DENSE_CODEC)
