@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -78,7 +79,9 @@ def paged_attention(
             return reference_attention(
                 q, buffer, table, layouts, layer, cu_seqlens_q=cu_queries, softmax_scale=scale, rope=rope
             )
-        run = direct_path if path is AttentionPath.DIRECT else staged_attention
+        run: Callable[..., tuple[torch.Tensor, torch.Tensor]] = direct_path
+        if path is not AttentionPath.DIRECT:
+            run = partial(staged_attention, fp8=path is AttentionPath.STAGED_FP8)
         return run(
             q, buffer, table, layouts, layer,
             cu_seqlens_q=cu_queries, softmax_scale=scale, rope=rope, workspace=workspace,

@@ -10,9 +10,22 @@ import torch
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.rope import RoPESpec, RoPETables
 
-__all__ = ["Cohort", "DecodeRun", "QueryBlocks", "Slice", "cohorts", "query_blocks", "remembered", "rope_tables"]
+__all__ = [
+    "Cohort",
+    "DecodeRun",
+    "QueryBlocks",
+    "Room",
+    "Slice",
+    "cohorts",
+    "query_blocks",
+    "remembered",
+    "rope_tables",
+]
 
 T = TypeVar("T")
+
+LEAD_PAGES = 8
+"""Sequences of fewer pages have no slice of their own to begin with."""
 
 
 def remembered(table: BlockTable, key: Hashable, build: Callable[[], T]) -> T:
@@ -85,14 +98,36 @@ class DecodeRun:
 
 @dataclass(frozen=True)
 class Slice:
-    """Pages decoded together, then attended to in one call."""
+    """Pages decoded together, then attended to in one call; in FP8 or in the queries' dtype."""
 
     runs: tuple[DecodeRun, ...]
+    fp8: bool = False
 
     @property
     def count(self) -> int:
         """Pages of the slice."""
         return sum(run.count for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many pages a slice may hold.
+
+    Attributes:
+        pages: decoded to the queries' dtype, at least 1.
+        fp8_pages: decoded to FP8, at least 1 if there are formats for it.
+        fp8_formats: formats that go to FP8 slices of their own, before the others.
+        lead: the first slice holds at most a quarter of a sequence's pages, because nothing hides its decoding.
+    """
+
+    pages: int
+    fp8_pages: int = 0
+    fp8_formats: frozenset[int] = frozenset()
+    lead: bool = False
+
+    def of(self, fp8: bool) -> int:
+        """Pages of a slice."""
+        return self.fp8_pages if fp8 else self.pages
 
 
 @dataclass(frozen=True)
@@ -104,9 +139,9 @@ class Cohort:
 
 
 def cohorts(
-    table: BlockTable, cu_queries: tuple[int, ...], rope: RoPESpec | None, capacity: int, together: bool
+    table: BlockTable, cu_queries: tuple[int, ...], rope: RoPESpec | None, room: Room, together: bool
 ) -> tuple[Cohort, ...]:
-    """Cut the work of a ragged batch into cohorts and slices of at most `capacity` pages.
+    """Cut the work of a ragged batch into cohorts and slices.
 
     The slices of a single sequence mix formats. Those of several hold as many pages of one format of each sequence,
     sequence by sequence, so that the decoded tokens are a regular batch.
@@ -115,18 +150,21 @@ def cohorts(
         table: the pages.
         cu_queries: first query of each sequence.
         rope: positions to rotate to on read.
-        capacity: pages whose K and V fit the workspace, at least 1.
+        room: pages of a slice.
         together: form cohorts of more than one sequence.
     """
 
     def build() -> tuple[Cohort, ...]:
         made = []
-        for members in _equals(table, cu_queries, capacity if together else 1):
+        most = min(room.of(fmt in room.fp8_formats) for fmt in table.groups) if together and table.groups else 1
+        for members in _equals(table, cu_queries, most):
             cut = _batched_slices if len(members) > 1 else _single_slices
-            made.append(Cohort(members, tuple(cut(table, rope, members, capacity))))
+            kinds = [True, False] if room.fp8_formats else [False]
+            slices = [piece for fp8 in kinds for piece in cut(table, rope, members, room, fp8)]
+            made.append(Cohort(members, tuple(slices)))
         return tuple(made)
 
-    return remembered(table, ("cohorts", cu_queries, rope, capacity, together), build)
+    return remembered(table, ("cohorts", cu_queries, rope, room, together), build)
 
 
 def _equals(table: BlockTable, cu_queries: tuple[int, ...], most: int) -> list[range]:
@@ -145,35 +183,41 @@ def _counts(table: BlockTable, sequence: int) -> dict[int, int]:
     return {fmt: indptr[sequence + 1] - indptr[sequence] for fmt, indptr in bounds.items()}
 
 
-def _run(table: BlockTable, fmt: int, rope: RoPESpec | None, rows: torch.Tensor | slice) -> DecodeRun:
+def _run(table: BlockTable, fmt: int, rope: RoPESpec | None, rows: torch.Tensor | slice, fp8: bool) -> DecodeRun:
     group = table.groups[fmt]
     tables = None
     if rope is not None:
         full = rope_tables(table, fmt, rope)
         tables = RoPETables(full.cos_frame[rows], full.sin_frame[rows], full.cos_space, full.sin_space)
+        if fp8:
+            assert len(tables.padded) == 4  # made here, where launches are in order
     return DecodeRun(fmt, group.pages[rows], group.codebooks[rows], tables)
 
 
-def _single_slices(table: BlockTable, rope: RoPESpec | None, members: range, capacity: int) -> list[Slice]:
+def _single_slices(table: BlockTable, rope: RoPESpec | None, members: range, room: Room, fp8: bool) -> list[Slice]:
     made: list[Slice] = []
     runs: list[DecodeRun] = []
-    room = capacity
-    for fmt, count in _counts(table, members.start).items():
+    counts = {fmt: n for fmt, n in _counts(table, members.start).items() if (fmt in room.fp8_formats) == fp8}
+    total = sum(counts.values())
+    left = min(room.of(fp8), total // 4) if room.lead and total >= LEAD_PAGES else room.of(fp8)
+    for fmt, count in counts.items():
         first, done = table.groups[fmt].host_indptr[members.start], 0
         while done < count:
-            size = min(room, count - done)
-            runs.append(_run(table, fmt, rope, slice(first + done, first + done + size)))
-            done, room = done + size, room - size
-            if room == 0:
-                made.append(Slice(tuple(runs)))
-                runs, room = [], capacity
-    return [*made, Slice(tuple(runs))] if runs else made
+            size = min(left, count - done)
+            runs.append(_run(table, fmt, rope, slice(first + done, first + done + size), fp8))
+            done, left = done + size, left - size
+            if left == 0:
+                made.append(Slice(tuple(runs), fp8))
+                runs, left = [], room.of(fp8)
+    return [*made, Slice(tuple(runs), fp8)] if runs else made
 
 
-def _batched_slices(table: BlockTable, rope: RoPESpec | None, members: range, capacity: int) -> list[Slice]:
+def _batched_slices(table: BlockTable, rope: RoPESpec | None, members: range, room: Room, fp8: bool) -> list[Slice]:
     made = []
-    step = capacity // len(members)
+    step = room.of(fp8) // len(members)
     for fmt, count in _counts(table, members.start).items():
+        if (fmt in room.fp8_formats) != fp8:
+            continue
         indptr = table.groups[fmt].host_indptr
         for done in range(0, count, step):
             size = min(step, count - done)
@@ -181,5 +225,5 @@ def _batched_slices(table: BlockTable, rope: RoPESpec | None, members: range, ca
             if size < count:
                 chosen = [indptr[b] + done + i for b in members for i in range(size)]
                 rows = torch.tensor(chosen).to(table.device, non_blocking=True)
-            made.append(Slice((_run(table, fmt, rope, rows),)))
+            made.append(Slice((_run(table, fmt, rope, rows, fp8),), fp8))
     return made

@@ -1,8 +1,8 @@
 """Which path reads the pages: measured times of similar calls where there are any, a careful rule elsewhere.
 
 A table is made by ``qvg-paged bench --tune`` and looked for in the user's cache folder, then among those shipped with
-the package (`dispatch_<device>.json`). Without one, `DispatchTable.choose` follows a rule that no table can break:
-few queries read pages directly, many decode them first.
+the package (`dispatch_<device>.json`). Without one, `DispatchTable.choose` follows a rule: few queries read pages
+directly, many decode them first, and nothing is attended in FP8.
 """
 
 import json
@@ -158,9 +158,11 @@ def _row(entry: Mapping[str, Any]) -> DispatchRow:
 
 
 def _rule(workload: Workload, allowed: Collection[AttentionPath]) -> AttentionPath:
-    many = (AttentionPath.STAGED_FP8, AttentionPath.STAGED, AttentionPath.DIRECT)
-    few = (AttentionPath.DIRECT, AttentionPath.STAGED, AttentionPath.STAGED_FP8)
-    order = few if workload.queries < DIRECT_QUERIES else many
+    """Without measurements: exact paths before FP8, which a device has to earn."""
+    exact = (AttentionPath.STAGED, AttentionPath.DIRECT)
+    if workload.queries < DIRECT_QUERIES:
+        exact = (AttentionPath.DIRECT, AttentionPath.STAGED)
+    order = (*exact, AttentionPath.STAGED_FP8)
     return next(path for path in order if path in allowed)
 
 

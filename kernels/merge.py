@@ -5,11 +5,17 @@ exponentials. With ``w_i = exp(lse_i - lse)`` and ``lse = log(sum_i exp(lse_i))`
 A set without keys has lse = -inf and its output is never read.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from qvg_paged.kernels.backend import Backend, uses_triton
 
-__all__ = ["merge_into", "merge_into_reference", "merge_partials", "merge_partials_reference"]
+__all__ = [
+    "merge_into_reference", "merge_partials", "merge_partials_reference", "merge_pieces", "merge_pieces_reference"
+]  # fmt: skip
+
+Piece = tuple[torch.Tensor, torch.Tensor]
 
 
 def merge_partials(
@@ -46,31 +52,41 @@ def merge_partials_reference(
     out.copy_(merged)
 
 
-def merge_into(
-    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor,
-    *, backend: Backend = Backend.AUTO,
-) -> None:  # fmt: skip
-    """Merge one partial result into a running one, in place.
+def merge_pieces(
+    pieces: Sequence[Piece], out: torch.Tensor, lse: torch.Tensor, *, backend: Backend = Backend.AUTO
+) -> None:
+    """Merge a few partial results that lie anywhere; one of them may be the result itself.
 
     Args:
-        out: ``[batch, heads, queries, head_dim]`` float32, contiguous, updated.
-        lse: ``[batch, heads, queries]`` float32, contiguous, updated.
-        part: shaped like `out`, any float dtype, last dimension contiguous; not read where `part_lse` is -inf.
-        part_lse: shaped like `lse`, float32.
+        pieces: outputs ``[sequences, tokens, kv_heads, group, head_dim]``, any float dtype and strides but for the last
+            dimension, with log-sum-exps ``[sequences, tokens, kv_heads, group]`` float32; an output is not read where
+            its log-sum-exp is -inf.
+        out: like the outputs, contiguous, written in its own dtype; zeros where no piece has a key.
+        lse: like the log-sum-exps, contiguous, written; -inf where no piece has a key.
         backend: Triton or its PyTorch twin.
     """
     if lse.numel() == 0:
         return
     if not uses_triton(backend, out.device):
-        merge_into_reference(out, lse, part, part_lse)
+        merge_pieces_reference(pieces, out, lse)
         return
     from qvg_paged.kernels import _merge_triton  # noqa: PLC0415
 
-    _merge_triton.merge_into(out, lse, part, part_lse)
+    _merge_triton.merge_pieces(pieces, out, lse)
+
+
+def merge_pieces_reference(pieces: Sequence[Piece], out: torch.Tensor, lse: torch.Tensor) -> None:
+    """PyTorch twin of `merge_pieces`; same arguments."""
+    merged = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    total = torch.full_like(lse, float("-inf"))
+    for part, part_lse in pieces:
+        merge_into_reference(merged, total, part, part_lse)
+    out.copy_(merged)
+    lse.copy_(total)
 
 
 def merge_into_reference(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
-    """PyTorch twin of `merge_into`, for any leading dimensions; same arguments."""
+    """Merge one partial result into a running one ``[..., head_dim]`` float32, in place."""
     merged = torch.logaddexp(lse, part_lse)
     reference = merged.masked_fill(merged == float("-inf"), 0.0)
     kept, filled = (lse != float("-inf"))[..., None], (part_lse != float("-inf"))[..., None]

@@ -6,9 +6,11 @@ thirds); pair j of an axis with m pairs turns by ``position * base ** (-j / m)``
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 from qvg_paged.kernels.errors import ArgumentError
 
@@ -40,6 +42,23 @@ class RoPETables:
     sin_frame: torch.Tensor
     cos_space: torch.Tensor
     sin_space: torch.Tensor
+
+    @cached_property
+    def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The four tables over all pairs, float16: cosines 1 and sines 0 where the other axis turns.
+
+        Products of cosines and sums of sines are those of every token.
+        """
+        pairs = (self.cos_frame.shape[1], self.cos_space.shape[1])
+
+        def pad(x: torch.Tensor, ends: tuple[int, int], value: float) -> torch.Tensor:
+            return functional.pad(x, ends, value=value).half().contiguous()
+
+        after, before = (0, pairs[1]), (pairs[0], 0)
+        return (
+            pad(self.cos_frame, after, 1.0), pad(self.sin_frame, after, 0.0),
+            pad(self.cos_space, before, 1.0), pad(self.sin_space, before, 0.0),
+        )  # fmt: skip
 
     def expand(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of every token, each ``[frames * tokens_per_frame, head_dim / 2]`` float32."""

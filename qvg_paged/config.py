@@ -176,8 +176,8 @@ class CacheConfig:
         device: where the pool lives.
         staging: bytes of scratch for decoded history; None for 1/16 of `memory`, at most 256 MiB.
         path: how attention reads pages.
-        allow_fp8: whether ``path="auto"`` may attend to quantised pages in FP8 where that is faster; False keeps the
-            queries' dtype.
+        allow_fp8: whether ``path="auto"`` may attend to quantised pages in FP8 where that was measured to be faster;
+            False keeps the queries' dtype.
         free_fill: what returned memory is overwritten with.
         on_event: called with every `CacheEvent`, after the books have changed and under the manager's lock; what it
             raises reaches the caller of the store, whose call took effect all the same.

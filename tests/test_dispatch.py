@@ -39,8 +39,8 @@ def test_a_table_without_rows_reads_directly_for_few_queries_and_decodes_for_man
     few = replace(CALL, queries=16)
     assert table.choose(few, EVERY) is DIRECT
     assert table.choose(few, (STAGED,)) is STAGED
-    assert table.choose(CALL, EVERY) is FP8
-    assert table.choose(CALL, (STAGED, DIRECT)) is STAGED
+    assert table.choose(CALL, EVERY) is STAGED
+    assert table.choose(CALL, (FP8,)) is FP8
 
 
 def test_the_fastest_allowed_path_of_the_nearest_row_is_chosen() -> None:

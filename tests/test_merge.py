@@ -3,7 +3,7 @@ import torch
 from tolerance import exact_attention
 
 from qvg_paged.kernels.backend import Backend
-from qvg_paged.kernels.merge import merge_into, merge_into_reference, merge_partials
+from qvg_paged.kernels.merge import merge_into_reference, merge_partials, merge_pieces
 
 BACKENDS = [Backend.TORCH, Backend.TRITON]
 EMPTY = float("-inf")
@@ -56,18 +56,24 @@ def test_merging_is_associative_up_to_rounding(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_merging_one_by_one_in_place_equals_merging_at_once(backend: Backend) -> None:
-    parts, lses = torch.randn(4, 2, 3, 7, 64), torch.randn(4, 2, 3, 7) * 5
-    lses[1, 0] = lses[0, 0, 0] = lses[1, 0, 0] = EMPTY
-    out, lse = parts[0].clone(), lses[0].clone()
-    out[lse == EMPTY] = float("nan")
-    for part, part_lse in zip(parts[1:], lses[1:], strict=True):
-        strided = part.transpose(1, 2).contiguous().transpose(1, 2)
-        merge_into(out, lse, strided, part_lse, backend=backend)
-    whole, whole_lse = torch.empty(2, 3, 7, 64), torch.empty(2, 3, 7)
+def test_pieces_that_lie_anywhere_merge_to_what_contiguous_ones_do(backend: Backend) -> None:
+    parts, lses = torch.randn(4, 2, 3, 2, 5, 64), torch.randn(4, 2, 3, 2, 5) * 5
+    lses[1, 0] = lses[0, 0, 0] = lses[:, 1, 2] = EMPTY
+    parts[lses == EMPTY] = float("nan")
+    strided = [(parts[0], lses[0]), (parts[1].half(), lses[1])]
+    for i in (2, 3):
+        folded = parts[i].transpose(1, 2).contiguous(), lses[i].transpose(1, 2).contiguous()
+        strided.append((folded[0].transpose(1, 2), folded[1].transpose(1, 2)))
+    out, lse, whole, whole_lse = (torch.empty(shape) for shape in ((2, 3, 2, 5, 64), (2, 3, 2, 5)) * 2)
+    merge_pieces(strided, out, lse, backend=backend)
+    parts[1] = parts[1].half()
     merge_partials(parts, lses, whole, whole_lse, backend=backend)
     torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse, whole_lse)
+    first, first_lse = parts[0].clone(), lses[0].clone()  # the running result is one of the pieces
+    merge_pieces([(first, first_lse), *strided[1:]], first, first_lse, backend=backend)
+    assert torch.equal(first, out)
+    assert torch.equal(first_lse, lse)
 
 
 def test_merging_two_empty_results_stays_empty() -> None:

@@ -1,0 +1,240 @@
+"""FP8 attention: twins against float64, kernels against twins (float16 in Triton's interpreter, E4M3 on a GPU)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_case import LAYER, Case, build_case
+from tolerance import exact_attention
+
+from qvg_paged.kernels import attention, fp8_attention, merge, staged_attention
+from qvg_paged.kernels.attention import AttentionPath, attention_workspace_nbytes, paged_attention
+from qvg_paged.kernels.attention_plan import Room, cohorts
+from qvg_paged.kernels.backend import Backend
+from qvg_paged.kernels.formats import DENSE, DENSE_CODEC, FORMATS, CentroidType, PageFormat
+from qvg_paged.kernels.fp8_attention import (
+    Fp8Scratch,
+    Fp8Shape,
+    attend,
+    decode_runs,
+    launch_shape,
+    quantise_queries,
+    scratch_nbytes,
+)
+from qvg_paged.kernels.reference_fp8 import key_rows, units
+from qvg_paged.kernels.rope import RoPELayout, RoPESpec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+KERNEL_DTYPE = torch.float8_e4m3fn if CUDA else torch.float16
+SMALL = Fp8Shape(64, 64, 4, 2) if CUDA else Fp8Shape(16, 16, 4, 2)
+OURS = FORMATS["qvg4-int2"]
+FP8_CENTROIDS = replace(OURS.with_codecs(centroid_type=CentroidType.FP8), name="fp8-centroids")
+PLAIN = replace(FORMATS["qvg-int2"].with_codecs(stages=0), name="no-stages")
+DENSE_VALUES = replace(OURS, name="dense-values", value=DENSE_CODEC)
+QUANTISED = [OURS, FORMATS["qvg-int2"], FORMATS["qvg-int4"], FORMATS["qvg-pro-int2"], FP8_CENTROIDS, PLAIN]
+
+
+def fill(case: Case, dtype: torch.dtype, backend: Backend, sequences: int = 1) -> Fp8Scratch:
+    """A poisoned scratch with all pages of the case."""
+    part = case.layouts[0].key
+    queries = tuple(range(sequences + 1))
+    (cohort,) = cohorts(case.table, queries, case.rope, Room(100), sequences > 1)
+    (piece,) = cohort.slices
+    keys = piece.count * part.tokens // sequences
+    problems = sequences * part.heads
+    workspace = torch.full(
+        (scratch_nbytes(problems, keys, part.head_dim, dtype),), 0xFF, dtype=torch.uint8, device=DEVICE
+    )
+    scratch = Fp8Scratch.carve(workspace, problems, keys, part.head_dim, dtype)
+    layout = RoPELayout.INTERLEAVED if case.rope is None else case.rope.layout
+    decode_runs(scratch, case.buffer, piece.runs, tuple(case.layouts), LAYER, layout, backend=backend)
+    return scratch
+
+
+def run(
+    case: Case, q: torch.Tensor, dtype: torch.dtype, backend: Backend, splits: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of ``[sequences, tokens, q_heads, head_dim]`` queries to all pages: every split's output and sum."""
+    sequences, tokens, q_heads, dim = q.shape
+    scratch = fill(case, dtype, backend, sequences)
+    part = case.layouts[0].key
+    pairs = part.split_pairs if case.rope is None else case.rope.layout is RoPELayout.INTERLEAVED
+    queries, scales = quantise_queries(q, part.heads, pairs, dtype, backend=backend)
+    out = torch.full((splits, sequences * tokens, q_heads, dim), float("nan"), device=DEVICE)
+    lse = torch.full(out.shape[:3], float("nan"), device=DEVICE)
+    attend(
+        queries, scales, scratch, out, lse,
+        heads=part.heads, softmax_scale=dim**-0.5, shape=SMALL, backend=backend,
+    )  # fmt: skip
+    return out, lse
+
+
+def merged(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    weights = torch.softmax(lse.double(), 0)[..., None]
+    return (out.double() * weights).sum(0)
+
+
+def error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((out.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("layout", [None, *RoPELayout])
+@pytest.mark.parametrize("fmt", QUANTISED, ids=[fmt.name for fmt in QUANTISED])
+def test_the_kernel_fills_a_scratch_as_its_twin_does(fmt: PageFormat, layout: RoPELayout | None) -> None:
+    rope = None if layout is None else RoPESpec(head_dim=64, grid=(4, 11), layout=layout)
+    case = build_case([fmt], [[0, 0, 0]], tokens=44, rope=rope, positions=[3.0, 9.5, 4.0], device=DEVICE)
+    twin, kernel = (fill(case, torch.float16, backend) for backend in (Backend.TORCH, Backend.TRITON))
+    torch.testing.assert_close(kernel.bounds, twin.bounds, rtol=1e-6, atol=0)
+    rows = key_rows(twin.num_keys)
+    turned = 0.02 if rope is None else 0.2  # half-precision cosines of numbers up to 224
+    torch.testing.assert_close(kernel.keys[:, rows], twin.keys[:, rows], rtol=2e-3, atol=turned)
+    torch.testing.assert_close(kernel.values, twin.values, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("fmt", QUANTISED, ids=[fmt.name for fmt in QUANTISED])
+def test_a_scratch_holds_what_the_pages_decode_to(fmt: PageFormat) -> None:
+    rope = RoPESpec(head_dim=64, grid=(5, 7), layout=RoPELayout.HALF_SPLIT)
+    case = build_case([fmt], [[0, 0]], tokens=35, rope=rope, device=DEVICE)
+    scratch = fill(case, torch.float16, Backend.TORCH)
+    keys, values = case.history(0)
+    worth = units(scratch.bounds)
+    decoded = scratch.keys[:, key_rows(scratch.num_keys)].float() * worth[:, 0, None, None]
+    assert (scratch.keys[:, key_rows(scratch.num_keys)].abs() <= 320).all()
+    assert (scratch.values.abs() <= 224).all()
+    # The order of keys is free: compare sums over all of them, weighted by what travels with them.
+    other = scratch.values[:, :, : scratch.num_keys].float() * worth[:, 1, None, None]
+    torch.testing.assert_close(
+        torch.bmm(other, decoded), torch.einsum("nhd,nhe->hde", values, keys), rtol=1e-2, atol=0.5
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 30, 300])
+def test_pages_that_leave_bytes_or_tiles_unfilled_are_filled_in(tokens: int) -> None:
+    case = build_case([OURS, FORMATS["qvg-int4"]], [[0, 1, 0]], tokens=tokens, device=DEVICE)
+    q = torch.randn(1, 5, 2, 64, device=DEVICE)
+    exact, exact_lse = exact_attention(q[0], *case.history(0), 0.125)
+    out, lse = run(case, q, torch.float16, Backend.TRITON)
+    assert error(out[0], exact) < 4e-3
+    torch.testing.assert_close(lse[0].double(), exact_lse, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_the_kernel_attends_as_its_twin_does(head_dim: int, splits: int) -> None:
+    case = build_case([OURS], [[0, 0], [0, 0]], tokens=28, head_dim=head_dim, device=DEVICE)
+    q = 2 * torch.randn(2, 9, 4, head_dim, device=DEVICE)
+    exact = torch.cat([exact_attention(q[b], *case.history(b), head_dim**-0.5)[0] for b in range(2)])
+    twin, twin_lse = run(case, q, KERNEL_DTYPE, Backend.TORCH, splits)
+    out, lse = run(case, q, KERNEL_DTYPE, Backend.TRITON, splits)
+    assert error(merged(out, lse), exact) <= 1.3 * error(merged(twin, twin_lse), exact) + 1e-3
+    torch.testing.assert_close(lse, twin_lse, rtol=0, atol=0.05)
+
+
+def test_e4m3_costs_what_its_three_mantissa_bits_explain() -> None:
+    case = build_case([OURS], [[0] * 4], tokens=64, device=DEVICE)
+    q = torch.randn(1, 32, 2, 64, device=DEVICE)
+    exact, exact_lse = exact_attention(q[0], *case.history(0), 0.125)
+    out, lse = run(case, q, torch.float8_e4m3fn, Backend.TORCH)
+    assert 0.005 < error(out[0], exact) < 0.08
+    assert (lse[0].double() - exact_lse).abs().max() < 0.15
+
+
+def fp8_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path as a GPU runs it, with the twins on a CPU."""
+    monkeypatch.setattr(attention, "has_fp8_attention", lambda _: True)
+    monkeypatch.setattr(staged_attention, "_together", lambda _: True)
+
+
+@pytest.mark.parametrize("layout", [None, *RoPELayout])
+@pytest.mark.parametrize("pages", [3, 5, 40])
+def test_mixed_pages_of_a_ragged_batch_are_attended(
+    monkeypatch: pytest.MonkeyPatch, pages: int, layout: RoPELayout | None
+) -> None:
+    fp8_everywhere(monkeypatch)
+    rope = None if layout is None else RoPESpec(head_dim=64, grid=(4, 8), layout=layout)
+    formats = [DENSE, OURS, FORMATS["qvg-int4"], DENSE_VALUES]
+    sequences = [[1] * 9 + [2, 0], [1, 1, 0], [1, 1, 0], [0, 0], [], [3, 1]]
+    case = build_case(formats, sequences, tokens=32, dtype=torch.float16, rope=rope, device=DEVICE)
+    cu = [0, 20, 25, 30, 37, 40, 41]
+    q = torch.randn(41, 4, 64, device=DEVICE).half()
+    tail = 41 * 4 * 64 * (4 + 2 * staged_attention.SLOTS)
+    workspace = torch.full((2 * pages * 32 * 2 * 64 * 4 + tail + 70000,), 0xFF, dtype=torch.uint8, device=DEVICE)
+    out, lse = paged_attention(
+        q, case.buffer, case.table, case.layouts, LAYER,
+        cu_seqlens_q=cu, rope=rope, path=AttentionPath.STAGED_FP8, workspace=workspace,
+    )  # fmt: skip
+    for b in (0, 1, 2, 3, 5):
+        rows = slice(cu[b], cu[b + 1])
+        exact, exact_lse = exact_attention(q[rows], *case.history(b), 0.125)
+        assert error(out[rows], exact) < (2e-3 if b == 3 else 0.1)  # unquantised pages keep their dtype
+        assert (lse[rows].double() - exact_lse).abs().max() < 0.25
+    assert (out[37:40] == 0).all()
+    assert (lse[37:40] == float("-inf")).all()
+
+
+@pytest.mark.skipif(CUDA, reason="there the path runs its kernels anyway")
+def test_the_path_holds_together_with_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    fp8_everywhere(monkeypatch)
+    monkeypatch.setattr(staged_attention, "FP8_DTYPE", KERNEL_DTYPE)
+    for module in (fp8_attention, merge):
+        monkeypatch.setattr(module, "uses_triton", lambda *_: True)
+    rope = RoPESpec(head_dim=64, grid=(2, 6))
+    case = build_case([DENSE, OURS], [[1] * 9 + [0]], tokens=12, dtype=torch.float16, rope=rope)
+    q = torch.randn(7, 4, 64).half()
+    workspace = torch.full((5 * 12 * 2 * 64 * 4 * 2 + 7 * 4 * 64 * 12 + 140000,), 0xFF, dtype=torch.uint8)
+    out, lse = paged_attention(
+        q, case.buffer, case.table, case.layouts, LAYER,
+        cu_seqlens_q=[0, 7], rope=rope, path=AttentionPath.STAGED_FP8, workspace=workspace,
+    )  # fmt: skip
+    exact, exact_lse = exact_attention(q, *case.history(0), 0.125)
+    assert error(out, exact) < 4e-3
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=2e-2)
+
+
+def test_a_workspace_without_room_for_partial_results_is_used_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    fp8_everywhere(monkeypatch)
+    case = build_case([OURS], [[0] * 4], tokens=32, dtype=torch.float16, device=DEVICE)
+    q = torch.randn(200, 2, 64, device=DEVICE).half()
+    workspace = torch.empty(attention_workspace_nbytes(case.layouts, 2, 200, q.dtype), dtype=torch.uint8, device=DEVICE)
+    out, lse = paged_attention(
+        q, case.buffer, case.table, case.layouts, LAYER,
+        cu_seqlens_q=[0, 200], path=AttentionPath.STAGED_FP8, workspace=workspace,
+    )  # fmt: skip
+    case.check(q, [0, 200], out, lse, 0.125)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", [AttentionPath.STAGED, AttentionPath.STAGED_FP8])
+def test_a_call_can_be_captured_and_replayed(path: AttentionPath) -> None:
+    case = build_case([DENSE, OURS], [[1] * 12 + [0] * 2], tokens=300, heads=4, head_dim=128, dtype=torch.bfloat16,
+                      device="cuda")  # fmt: skip
+    q = torch.randn(600, 4, 128, device="cuda", dtype=torch.bfloat16)
+    workspace = torch.empty(8 << 20, dtype=torch.uint8, device="cuda")
+
+    def attend_once() -> tuple[torch.Tensor, torch.Tensor]:
+        return paged_attention(
+            q, case.buffer, case.table, case.layouts, LAYER, cu_seqlens_q=[0, 600], path=path, workspace=workspace
+        )
+
+    expected, _ = attend_once()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = attend_once()
+    for _ in range(3):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected)
+    exact, exact_lse = exact_attention(q, *case.history(0), 128**-0.5)
+    assert error(out, exact) < (0.1 if path is AttentionPath.STAGED_FP8 else 0.01)
+    assert (lse.double() - exact_lse).abs().max() < 0.1
+
+
+def test_shipped_shapes_fit_every_head() -> None:
+    for head_dim in (64, 128, 256):
+        shape = launch_shape(head_dim)
+        assert 128 % shape.keys == 0
+        assert shape.keys % 16 == 0
