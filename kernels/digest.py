@@ -15,7 +15,7 @@ from qvg_paged.kernels.errors import ArgumentError
 __all__ = ["digest_bytes", "digest_ranges"]
 
 WORD = 8
-CHUNK_WORDS = 1 << 18
+CHUNK_WORDS = 1 << 16
 MULTIPLIERS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 """The two odd constants of the splitmix64 finaliser, as signed numbers."""
 SHIFTS = (30, 27, 31)
@@ -72,12 +72,24 @@ def digest_ranges(
 
 def _digest(buffer: torch.Tensor, start: int, nbytes: int) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.int64, device=buffer.device)
+    count = min(CHUNK_WORDS, -(-nbytes // WORD))
+    places = torch.arange(count, device=buffer.device).mul_(GOLDEN).add_(nbytes)
+    mixed, spare = torch.empty_like(places), torch.empty_like(places)
     for begin in range(0, nbytes, CHUNK_WORDS * WORD):
         end = min(begin + CHUNK_WORDS * WORD, nbytes)
         words = _words(buffer[start + begin : start + end])
-        position = torch.arange(begin // WORD, begin // WORD + len(words), device=buffer.device)
-        total += _mix(words + _mix(position * GOLDEN + nbytes)).sum()
+        x, other = mixed[: len(words)], spare[: len(words)]
+        torch.add(places[: len(words)], _signed(begin // WORD * GOLDEN), out=x)
+        _mix_(x, other)
+        x += words
+        _mix_(x, other)
+        total += x.sum()
     return total
+
+
+def _signed(value: int) -> int:
+    """As int64 arithmetic would have it."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def _words(piece: torch.Tensor) -> torch.Tensor:
@@ -88,8 +100,11 @@ def _words(piece: torch.Tensor) -> torch.Tensor:
     return piece.view(torch.int64)
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """The splitmix64 finaliser; arithmetic shifts are masked into logical ones."""
+def _mix_(x: torch.Tensor, spare: torch.Tensor) -> None:
+    """The splitmix64 finaliser, in place; arithmetic shifts are masked into logical ones."""
     for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * multiplier
-    return x
+        torch.bitwise_right_shift(x, shift, out=spare)
+        spare &= (1 << (64 - shift)) - 1
+        x ^= spare
+        if multiplier != 1:
+            x *= multiplier
