@@ -1,4 +1,4 @@
-"""Triton merges of partial attention results: one program per 16 rows, float32 throughout."""
+"""Triton merges of partial attention results: a program per row, or per 16 where they are many; float32 throughout."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,8 @@ import triton.language as tl
 __all__ = ["merge_partials", "merge_pieces"]
 
 BLOCK_ROWS = 16
+FEW_ROWS = 8192
+"""Rows up to which a row is merged by a program of its own, all of its partial results at once."""
 
 
 @triton.jit(do_not_specialize=["num_partials", "rows"])
@@ -36,6 +38,33 @@ def _merge_kernel(
     merged = merged / tl.where(empty, 1.0, total)[:, None]
     tl.store(out + row[:, None] * HEAD_DIM + channel, merged.to(out.dtype.element_ty), mask=inside[:, None])
     tl.store(lse + row, tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total))), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_partials", "rows"])
+def _merge_row_kernel(
+    out, lse, partials, partial_lse, num_partials, rows, HEAD_DIM: tl.constexpr, TOGETHER: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, HEAD_DIM)
+    top = float("-inf")
+    total = 0.0
+    merged = tl.zeros([HEAD_DIM], tl.float32)
+    for first in range(0, num_partials, TOGETHER):
+        i = first + tl.arange(0, TOGETHER)
+        at = row + i * rows.to(tl.int64)
+        part_lse = tl.load(partial_lse + at, mask=i < num_partials, other=float("-inf"))
+        filled = part_lse != float("-inf")
+        part = tl.load(partials + at[:, None] * HEAD_DIM + channel, mask=filled[:, None], other=0.0)
+        raised = tl.maximum(top, tl.max(part_lse, 0))
+        reference = tl.where(raised == float("-inf"), 0.0, raised)
+        keep, weight = tl.exp(top - reference), tl.exp(part_lse - reference)
+        merged = merged * keep + tl.sum(part * weight[:, None], 0)
+        total = total * keep + tl.sum(weight, 0)
+        top = raised
+    empty = total == 0.0
+    merged = merged / tl.where(empty, 1.0, total)
+    tl.store(out + row * HEAD_DIM + channel, merged.to(out.dtype.element_ty))
+    tl.store(lse + row, tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total))))
 
 
 @triton.jit
@@ -90,5 +119,10 @@ def merge_pieces(pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], out: torch
 def merge_partials(partials: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Launch; arguments as in `qvg_paged.kernels.merge.merge_partials`."""
     rows = lse.numel()
+    if rows <= FEW_ROWS:
+        _merge_row_kernel[(rows,)](
+            out, lse, partials, partial_lse, len(partials), rows, HEAD_DIM=out.shape[-1], TOGETHER=16
+        )
+        return
     grid = (triton.cdiv(rows, BLOCK_ROWS),)
     _merge_kernel[grid](out, lse, partials, partial_lse, len(partials), rows, HEAD_DIM=out.shape[-1], BLOCK=BLOCK_ROWS)

@@ -2,12 +2,24 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from qvg_paged.kernels.attention_plan import query_blocks, rope_tables
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.errors import ArgumentError
+from qvg_paged.kernels.few_queries import (
+    FEW_ROWS,
+    WARPS_PER_MULTIPROCESSOR,
+    Shares,
+    block_rows,
+    few_queries_attention,
+    has_gluon,
+    reads_few_queries,
+    shares,
+    tables_nbytes,
+)
 from qvg_paged.kernels.layout import GRANULE, PageLayout, align
 from qvg_paged.kernels.merge import merge_partials
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec
@@ -93,22 +105,39 @@ def _direct_sequences(
     heads = layouts[0].key.heads
     group_size = q.shape[1] // heads
     longest = max(cu_queries[b + 1] - cu_queries[b] for b in sequences) * group_size
+    per_partial = partial_nbytes(lse.numel(), q.shape[2])
+    few = {} if rope is not None else _few_queries(q, table, layouts, cu_queries, sequences, group_size, longest)
+    slots, tables = sum(c.work.slots for c in few.values()), sum(c.nbytes for c in few.values())
+    least = (slots + len(table.groups) - len(few)) * per_partial + align(tables, GRANULE)
+    if workspace is not None and least > workspace.numel():
+        few, slots, tables = {}, 0, 0
     launches, splits = [], []
     for fmt in table.groups:
+        if fmt in few:
+            continue
         shape = launch_shape(layouts[fmt], q.dtype, longest, rope is not None)
         blocks = query_blocks(table, cu_queries, sequences, group_size, shape.rows)
         launches.append((fmt, shape, blocks))
         splits.append(_wanted_splits(table, layouts[fmt], fmt, sequences, blocks.count * heads, shape.tokens))
-    per_partial = partial_nbytes(lse.numel(), q.shape[2])
-    splits = _affordable(splits, None if workspace is None else workspace.numel() // per_partial)
-    total = sum(splits)
+    taken = align(tables, GRANULE)
+    if workspace is not None:
+        splits = _affordable(splits, (workspace.numel() - taken) // per_partial - slots)
+    total = slots + sum(splits)
     if workspace is None:
-        workspace = torch.empty(total * per_partial, dtype=torch.uint8, device=q.device)
+        workspace = torch.empty(total * per_partial + taken, dtype=torch.uint8, device=q.device)
+    scratch, workspace = workspace[:taken], workspace[taken:]
     size = total * out.numel() * 4
     partials = workspace[:size].view(torch.float32).view(total, *out.shape)
     tail = workspace[align(size, GRANULE) :][: total * lse.numel() * 4]
     partial_lse = tail.view(torch.float32).view(total, *lse.shape)
-    done = 0
+    done = tables_at = 0
+    for fmt, plan in few.items():
+        some = slice(done, done + plan.work.slots)
+        few_queries_attention(
+            partials[some], partial_lse[some], q, buffer, layouts[fmt], layer, table.groups[fmt].pages, plan.work,
+            scratch[tables_at : tables_at + plan.nbytes], softmax_scale=scale, rows=block_rows(longest),
+        )  # fmt: skip
+        done, tables_at = some.stop, tables_at + plan.nbytes
     for (fmt, shape, blocks), count in zip(launches, splits, strict=True):
         direct_attention(
             partials, partial_lse, q, buffer, layouts[fmt], layer, table.groups[fmt], blocks,
@@ -118,6 +147,36 @@ def _direct_sequences(
         )  # fmt: skip
         done += count
     merge_partials(partials, partial_lse, out, lse)
+
+
+@dataclass(frozen=True)
+class _FewQueries:
+    """How one format's pages are read by the kernel for few queries: its shares, and bytes of their tables."""
+
+    work: Shares
+    nbytes: int
+
+
+def _few_queries(
+    q: torch.Tensor,
+    table: BlockTable,
+    layouts: Sequence[PageLayout],
+    cu_queries: tuple[int, ...],
+    sequences: range,
+    group: int,
+    longest: int,
+) -> dict[int, _FewQueries]:
+    made: dict[int, _FewQueries] = {}
+    if q.device.type != "cuda" or longest > FEW_ROWS or not has_gluon():
+        return made
+    programs = torch.cuda.get_device_properties(q.device).multi_processor_count * WARPS_PER_MULTIPROCESSOR
+    rows = block_rows(longest)
+    for fmt in table.groups:
+        if reads_few_queries(layouts[fmt], q.dtype):
+            work = shares(table, fmt, layouts[fmt], cu_queries, sequences, group, rows, programs)
+            if work.slots:
+                made[fmt] = _FewQueries(work, tables_nbytes(layouts[fmt], work, rows))
+    return made
 
 
 def _wanted_splits(

@@ -1,4 +1,4 @@
-"""Compiles the direct kernel and the merges for sm_90, which needs ptxas but no GPU; prints a row per variant as JSON.
+"""Compiles the kernels of the direct path for sm_90, which needs ptxas but no GPU; prints a row per variant as JSON.
 
 Exit status 77: there is no compiler here. Run by the tests in a process without Triton's interpreter.
 """
@@ -20,6 +20,7 @@ POINTERS = {
     "sin_frame": "*fp32", "cos_space": "*fp32", "sin_space": "*fp32",
 }  # fmt: skip
 VARIANTS = [(64, "qvg4-int2", True), (128, "qvg4-int2", False), (256, "qvg-pro-int2", False), (128, "dense", True)]
+FEW_QUERIES = [(64, 16), (128, 8)]
 ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -55,6 +56,33 @@ def compile_variant(head_dim: int, name: str, rotates: bool) -> dict[str, Any]:
     return {"head_dim": head_dim, "format": name, "rotates": rotates, "shared": done.metadata.shared}
 
 
+def compile_few_queries(head_dim: int, rows: int) -> dict[str, Any]:
+    import triton  # noqa: PLC0415
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+    from triton.experimental.gluon._runtime import GluonASTSource  # noqa: PLC0415
+
+    from qvg_paged.kernels._few_queries_gluon import few_queries_kernel as kernel  # noqa: PLC0415
+
+    layout = PageLayout.build(
+        FORMATS["qvg4-int2"], num_layers=1, tokens=1560, heads=4, head_dim=head_dim, dtype=torch.bfloat16,
+        span_tokens=4680,
+    )  # fmt: skip
+    constants = {"VALUE": part_code(layout.value), "HEAD_DIM": head_dim, "CB": 64, "ROWS": rows, "ALIGNED": True}
+    pointers = {"partials": "*fp32", "partial_lse": "*fp32", "tables": "*fp32", "buffer": "*u8", "pages": "*i32",
+                "items": "*i32"}  # fmt: skip
+    types: dict[str, Any] = {**pointers, **dict.fromkeys(constants, "constexpr")}
+    types |= {part: PartBytes(*["i32"] * len(PartBytes._fields)) for part in ("key_part", "value_part")}
+    places = {arg: i for i, arg in enumerate(kernel.arg_names)}
+    attributes = {(places[arg],): ALIGNED for arg in pointers}
+    attributes |= {(places[part], i): ALIGNED for part in ("key_part", "value_part") for i in range(6)}
+    source = GluonASTSource(
+        kernel, {arg: types.get(arg, "i32") for arg in kernel.arg_names},
+        {(places[arg],): value for arg, value in constants.items()}, attributes,
+    )  # fmt: skip
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    return {"head_dim": head_dim, "rows": rows, "shared": done.metadata.shared}
+
+
 def main() -> None:
     try:
         from triton import knobs  # noqa: PLC0415
@@ -63,7 +91,8 @@ def main() -> None:
     except Exception as error:
         print(f"no compiler for sm_90: {error}")  # noqa: T201
         sys.exit(77)
-    print(json.dumps([compile_variant(*variant) for variant in VARIANTS]))  # noqa: T201
+    rows = [compile_few_queries(*few) for few in FEW_QUERIES] + [compile_variant(*variant) for variant in VARIANTS]
+    print(json.dumps(rows))  # noqa: T201
 
 
 if __name__ == "__main__":
