@@ -114,6 +114,8 @@ def test_the_earliest_deadline_is_that_of_the_viewer_who_runs_out_first() -> Non
     assert policy.rank(moment) == ["behind", "fresh", "unseen"]
     assert policy.park(moment, behind) == ["free", "rich"]
     assert policy.park(moment, None) == ["free", "rich", "poor"]
+    patient = view(stream("patient", 7, since=-50.0), rich)
+    assert policy.park(patient, patient.waiting[0]) == ["rich"], "due now, and rich has thirty seconds in hand"
     waited = view(fresh, stream("patient", 7, since=-60.0))
     assert policy.rank(waited) == ["patient", "fresh"], "a stream without a viewer is due after its patience"
 
