@@ -1,11 +1,13 @@
 """The closed loop of many codecs: what it runs is what the library stores, and its scores mean what they say."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -25,6 +27,7 @@ from world_streams import generate as generate_paged
 from world_streams import model_spec, return_shots
 
 from qvg_paged import FORMATS, QVG, CacheConfig, KVCacheManager
+from qvg_paged.cli import app
 from qvg_paged.kernels.formats import Codec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -188,3 +191,19 @@ def test_a_frontier_runs_in_processes_and_reads_as_a_table(model: WorldModel, tm
 def test_an_unknown_row_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"rows: expected one of presets, .*got 'best-1bit'"):
         rows_named(["best-1bit"])
+
+
+def test_the_command_line_writes_results_tables_and_a_plot(model: WorldModel, tmp_path: Path) -> None:
+    weights = tmp_path / "tiny.safetensors"
+    export(model.state_dict(), weights, {})
+    words = ["eval", "--frontier", "--weights", str(weights), "--device", "cpu", "--worlds", "3", "--given", "6"]
+    words += ["--steps", "1", "--span-frames", "3", "--variant", "plain", "--variant", "13x"]
+    words += ["--only", "best-2bit", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "| best-2bit |" in done.output
+    found = json.loads((tmp_path / "out" / "result.json").read_text())["results"]["tiny"]
+    assert [row["name"] for row in found["plain"]] == ["best-2bit"]
+    assert {"QVG int2 Kc=8", "best-2bit"} <= {row["name"] for row in found["13x"]}
+    assert all("loss_against_truth" in row for rows in found.values() for row in rows)
+    assert (tmp_path / "out" / "plot.png").stat().st_size > 1000
