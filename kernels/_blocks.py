@@ -9,15 +9,43 @@ import torch
 from qvg_paged.kernels.formats import Codec, Grid, ScaleRule
 from qvg_paged.kernels.layout import TILE_TOKENS, code_rows
 
-__all__ = ["ERROR_BITS", "FP8_MAX", "PRODUCT_BITS", "SEARCH_STEPS", "pack_codes", "quantise_blocks", "unpack_codes"]
+__all__ = [
+    "FP8_MAX",
+    "PRODUCT_BITS",
+    "SEARCH_STEPS",
+    "pack_codes",
+    "quantise_blocks",
+    "search_bits",
+    "search_weight",
+    "thresholds",
+    "unpack_codes",
+]
 
 SEARCH_STEPS = 12
 """FP8 scales tried by `ScaleRule.SEARCH`: eight of them span a factor of two."""
 FP8_MAX = 448.0
-ERROR_BITS = 22
-"""Fraction bits of a squared error relative to the block's absmax; 2**9 of them fit 31 bits."""
 PRODUCT_BITS = 18
 """Fraction bits of a channel relative to the block's absmax; 2**10 of them times a level fit 31 bits."""
+
+
+def search_bits(block_size: int) -> int:
+    """Fraction bits of a magnitude relative to the block's absmax: a block of them, or of twice them, sums exactly."""
+    return 23 - (block_size.bit_length() - 1)
+
+
+def thresholds(grid: Grid) -> tuple[int, float, int]:
+    """How many magnitudes of `grid` part a level from the next, the first of them, and the smallest level.
+
+    In units of the scale. The others follow at distances of one; levels are ``grid.step`` apart.
+    """
+    lowest = grid.max_level % grid.step
+    return (grid.max_level - lowest) // grid.step, lowest + grid.step / 2, lowest
+
+
+def search_weight(grid: Grid, block_size: int) -> float:
+    """What the square of a scale counts in the error that `ScaleRule.SEARCH` minimises."""
+    count, first, lowest = thresholds(grid)
+    return block_size * (lowest + 2 * grid.step * sum(first + place for place in range(count)))
 
 
 def quantise_blocks(blocks: torch.Tensor, codec: Codec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,17 +99,34 @@ def _inverse_absmax(absmax: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def _search(blocks: torch.Tensor, absmax: torch.Tensor, scales: torch.Tensor, grid: Grid) -> torch.Tensor:
-    table = fp8_values(blocks.device)
-    unit = _inverse_absmax(absmax, scales)
-    best, best_error = scales, torch.full_like(scales, 2**31 - 1, dtype=torch.int32)
+    """Scale of least squared error, up to what all scales have in common, from sums that do not depend on their order.
+
+    With a magnitude a, levels l0 < l1 < ... and thresholds m1, m2, ... half way between them, the squared error is
+    ``(a - l0 s)**2 - 2 s * sum over k of (l_k - l_(k-1)) * max(a - m_k s, 0)``, where ``max(a - m s, 0)`` is
+    ``max(a, m s) - m s``: one maximum per scale and threshold.
+    Magnitudes are integers in units of ``absmax / 2**bits``, scales even ones.
+    """
+    count, first, lowest = thresholds(grid)
+    table, weight = fp8_values(blocks.device), search_weight(grid, blocks.shape[-1])
+    unit = _inverse_absmax(absmax, scales) * 2.0 ** search_bits(blocks.shape[-1])
+    magnitude = _whole(blocks.abs() * unit)
+    total = magnitude.sum(-1) * (2 * lowest)
+    best, best_error = scales, torch.full_like(total, torch.inf)
     for step in range(SEARCH_STEPS):
         tried = torch.where(scales > step, scales - step, scales.clamp(max=1))
-        scale = table[tried.int()][..., None]
-        error = (blocks - scale * _levels(_codes(blocks, scale, grid), grid)).mul_(unit)
-        total = error.square_().mul_(2.0**ERROR_BITS).int().sum(-1, dtype=torch.int32)
-        better = total < best_error
-        best, best_error = torch.where(better, tried, best), torch.where(better, total, best_error)
+        scale = _whole(table[tried.int()] * unit[..., 0] * 0.5) * 2.0
+        over = torch.zeros_like(scale)
+        for place in range(count):
+            over += torch.maximum(magnitude, (scale * (first + place))[..., None]).sum(-1)
+        error = scale * (scale * weight - (over * (2 * grid.step) + total))
+        better = error < best_error
+        best, best_error = torch.where(better, tried, best), torch.where(better, error, best_error)
     return best
+
+
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    """Nearest integers of float32 values from 0 to 2**22."""
+    return (x + 2.0**23) - 2.0**23
 
 
 def _least_squares(blocks: torch.Tensor, absmax: torch.Tensor, scales: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from qvg_paged.kernels._kmeans_triton import check_power_of_two
+from qvg_paged.kernels._span_plan import cdiv
+from qvg_paged.kernels._tokens_triton import check_power_of_two
 from qvg_paged.kernels.formats import CentroidType
 from qvg_paged.kernels.layout import GRANULE, TILE_TOKENS, PartLayout, code_rows
 from qvg_paged.kernels.rope import RoPELayout, RoPETables
@@ -20,14 +21,18 @@ __all__ = ["decode_pages"]
 
 ANYWHERE = ["pages_ptr", "codebooks_ptr", "cos_frame_ptr", "sin_frame_ptr"]
 """Rows of a table that start at any sequence: their alignment must not decide what is compiled."""
+HEADS_TURNED = 4
+"""Heads that a program decodes one after the other with the same cosines and sines."""
+DECODE = {"R": 16, "num_warps": 4}
+"""Rows of the `codes` plane per program, for head dims up to 128."""
 
 
 @triton.jit
-def _turn_and_store(
-    first, second, out_ptr, token, page, inside, cos_frame_ptr, sin_frame_ptr, cos_space_ptr, sin_space_ptr,
-    frame_pairs, space_pairs, D: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
+def _angles(
+    cos_frame_ptr, sin_frame_ptr, cos_space_ptr, sin_space_ptr, page, token, inside, frame_pairs, space_pairs,
+    D: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
-    """Turn pairs ``[rows, D / 2]`` and write them at `out_ptr` ``[rows, 1]`` in natural channel order."""
+    """Cosines and sines of the pairs of some tokens, ``[rows, D / 2]``; without a rotation, nothing of use."""
     pair = tl.arange(0, D // 2)
     if ROPE:
         in_frame = pair < frame_pairs
@@ -38,6 +43,18 @@ def _turn_and_store(
         sin = tl.load(sin_frame_ptr + frame, mask=in_frame, other=0.0)
         cos = tl.where(in_frame, cos, tl.load(cos_space_ptr + space, mask=in_space, other=0.0))  # [R, D/2]
         sin = tl.where(in_frame, sin, tl.load(sin_space_ptr + space, mask=in_space, other=0.0))
+    else:
+        cos, sin = 1.0, 0.0
+    return cos, sin
+
+
+@triton.jit
+def _turn_and_store(
+    first, second, cos, sin, out_ptr, inside, D: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """Turn pairs ``[rows, D / 2]`` and write them at `out_ptr` ``[rows, 1]`` in natural channel order."""
+    pair = tl.arange(0, D // 2)
+    if ROPE:
         turned = first * cos - second * sin
         second = first * sin + second * cos
         first = turned
@@ -65,20 +82,41 @@ def _channels(second: tl.constexpr, D: tl.constexpr, INTERLEAVED: tl.constexpr, 
 
 
 @triton.jit
+def _levels(bytes_, shift: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr):
+    """``STEP * code - TOP`` as float32 of the codes at bit `shift`: as the last places of 2**23, without conversion."""
+    mask: tl.constexpr = ((1 << BITS) - 1) * STEP
+    code = (bytes_ << 1 if shift == 0 else bytes_ >> (shift - 1)) if STEP == 2 else bytes_ >> shift
+    return ((code & mask) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + TOP)
+
+
+@triton.jit
+def _scales(scales_ptr, natural, token, inside, head, tokens, D: tl.constexpr, B: tl.constexpr):
+    """Scales of some tokens, broadcastable to ``[rows, D / 2]`` float32."""
+    at = scales_ptr + head * (D // B) * tokens + token
+    if D == B:
+        scale = tl.load(at, mask=inside, other=0.0).to(tl.float32)[:, None]
+    elif D == 2 * B:
+        # A load per token and a choice cost less than a load per channel.
+        low = tl.load(at, mask=inside, other=0.0).to(tl.float32)[:, None]
+        high = tl.load(at + tokens, mask=inside, other=0.0).to(tl.float32)[:, None]
+        scale = tl.where((natural < B)[None, :], low, high)
+    else:
+        at = at[:, None] + (natural // B)[None, :] * tokens
+        scale = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
+    return scale
+
+
+@triton.jit
 def _values(
-    bytes_, shift, natural, stored, token, inside, head, scales_ptr, ids_ptr, centroids_ptr, book_scales_ptr,
-    balance_ptr, tokens, heads, num_centroids, D: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr,
-    STEP: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr, BALANCED: tl.constexpr,
+    bytes_, shift: tl.constexpr, natural, stored, token, inside, head, scales_ptr, ids_ptr, centroids_ptr,
+    book_scales_ptr, balance_ptr, tokens, heads, num_centroids, D: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr,
+    TOP: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr, BALANCED: tl.constexpr,
 ):  # fmt: skip
     """Decoded channels `natural` of some tokens, ``[rows, D / 2]`` float32."""
-    code = (bytes_ >> shift) & ((1 << BITS) - 1)
-    level = (code * STEP - TOP).to(tl.float32)
-    scale = tl.load(  # [R, D/2]
-        scales_ptr + (head * (D // B) + natural // B) * tokens + token[:, None], mask=inside[:, None], other=0.0
-    )
-    value = level * scale.to(tl.float32)
+    scale = _scales(scales_ptr, natural, token, inside, head, tokens, D, B)
+    value = _levels(bytes_, shift, BITS, TOP, STEP) * scale
     for stage in tl.static_range(STAGES):
-        chosen = tl.load(ids_ptr + (head * STAGES + stage) * tokens + token, mask=inside, other=0).to(tl.int64)
+        chosen = tl.load(ids_ptr + (head * STAGES + stage) * tokens + token, mask=inside, other=0).to(tl.int32)
         row = ((stage * heads + head) * num_centroids + chosen) * D  # [R]
         centroid = tl.load(centroids_ptr + row[:, None] + stored, mask=inside[:, None], other=0.0).to(tl.float32)
         if FP8:
@@ -94,11 +132,11 @@ def _decode_kernel(
     out_ptr, bytes_ptr, fp8_ptr, bf16_ptr, fp32_ptr, pages_ptr, codebooks_ptr, cos_frame_ptr, sin_frame_ptr,
     cos_space_ptr, sin_space_ptr, part_offset, book_offset, scales_offset, ids_offset, book_scales_offset,
     balance_offset, tokens, heads, num_centroids, rows, row_blocks, frame_pairs, space_pairs, stride_token, stride_head,
-    D: tl.constexpr, B: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, TOP: tl.constexpr,
-    STEP: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr, BALANCED: tl.constexpr, SPLIT: tl.constexpr,
-    ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, B: tl.constexpr, R: tl.constexpr, H: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
+    TOP: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr, BALANCED: tl.constexpr,
+    SPLIT: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    page, head = tl.program_id(0) // row_blocks, tl.program_id(1).to(tl.int64)
+    page, first_head = tl.program_id(0) // row_blocks, tl.program_id(1) * H
     first_row = (tl.program_id(0) % row_blocks) * R
     part = tl.load(pages_ptr + page).to(tl.int64) * UNIT + part_offset
     book = part
@@ -107,32 +145,36 @@ def _decode_kernel(
     centroids_ptr = (fp8_ptr + book) if FP8 else (bf16_ptr + book // 2)
     book_scales_ptr = fp32_ptr + (book + book_scales_offset) // 4
     balance_ptr = bf16_ptr + (book + balance_offset) // 2
+    scales_ptr, ids_ptr = fp8_ptr + part + scales_offset, bytes_ptr + part + ids_offset
     tile = first_row // (TILE * BITS // 8)
     size = tl.minimum(tokens - tile * TILE, TILE)
     stride = tl.cdiv(size * BITS, 8)
     row = first_row % (TILE * BITS // 8) + tl.arange(0, R)
     natural_a, stored_a = _channels(0, D, INTERLEAVED, SPLIT)
     natural_b, stored_b = _channels(1, D, INTERLEAVED, SPLIT)
-    row_ptr = bytes_ptr + part + (head * rows + first_row + tl.arange(0, R)[:, None]) * D
-    bytes_a = tl.load(row_ptr + stored_a, mask=(row < stride)[:, None], other=0).to(tl.int32)  # [R, D/2]
-    bytes_b = tl.load(row_ptr + stored_b, mask=(row < stride)[:, None], other=0).to(tl.int32)  # [R, D/2]
     for place in tl.static_range(8 // BITS):
         inside = (row < stride) & (row + place * stride < size)
         token = tile * TILE + row + place * stride
-        scales_ptr, ids_ptr = fp8_ptr + part + scales_offset, bytes_ptr + part + ids_offset
-        first = _values(
-            bytes_a, BITS * place, natural_a, stored_a, token, inside, head, scales_ptr, ids_ptr, centroids_ptr,
-            book_scales_ptr, balance_ptr, tokens, heads, num_centroids, D, B, BITS, TOP, STEP, STAGES, FP8, BALANCED,
+        cos, sin = _angles(
+            cos_frame_ptr, sin_frame_ptr, cos_space_ptr, sin_space_ptr, page, token, inside, frame_pairs, space_pairs,
+            D, ROPE,
         )  # fmt: skip
-        second = _values(
-            bytes_b, BITS * place, natural_b, stored_b, token, inside, head, scales_ptr, ids_ptr, centroids_ptr,
-            book_scales_ptr, balance_ptr, tokens, heads, num_centroids, D, B, BITS, TOP, STEP, STAGES, FP8, BALANCED,
-        )  # fmt: skip
-        target = (page.to(tl.int64) * tokens + token) * stride_token + head * stride_head
-        _turn_and_store(
-            first, second, out_ptr + target[:, None], token, page, inside, cos_frame_ptr, sin_frame_ptr, cos_space_ptr,
-            sin_space_ptr, frame_pairs, space_pairs, D, ROPE, INTERLEAVED,
-        )  # fmt: skip
+        for head in tl.range(first_head, tl.minimum(first_head + H, heads)):
+            row_ptr = bytes_ptr + part + (tl.cast(head * rows + first_row, tl.int64) + tl.arange(0, R)[:, None]) * D
+            bytes_a = tl.load(row_ptr + stored_a, mask=(row < stride)[:, None], other=0).to(tl.int32)  # [R, D/2]
+            bytes_b = tl.load(row_ptr + stored_b, mask=(row < stride)[:, None], other=0).to(tl.int32)  # [R, D/2]
+            first = _values(
+                bytes_a, BITS * place, natural_a, stored_a, token, inside, head, scales_ptr, ids_ptr, centroids_ptr,
+                book_scales_ptr, balance_ptr, tokens, heads, num_centroids, D, B, BITS, TOP, STEP, STAGES, FP8,
+                BALANCED,
+            )  # fmt: skip
+            second = _values(
+                bytes_b, BITS * place, natural_b, stored_b, token, inside, head, scales_ptr, ids_ptr, centroids_ptr,
+                book_scales_ptr, balance_ptr, tokens, heads, num_centroids, D, B, BITS, TOP, STEP, STAGES, FP8,
+                BALANCED,
+            )  # fmt: skip
+            target = (page.to(tl.int64) * tokens + token) * stride_token + tl.cast(head, tl.int64) * stride_head
+            _turn_and_store(first, second, cos, sin, out_ptr + target[:, None], inside, D, ROPE, INTERLEAVED)
 
 
 @triton.jit(do_not_specialize=ANYWHERE)
@@ -151,10 +193,11 @@ def _dense_kernel(
     first = tl.load(source + natural_a, mask=inside[:, None], other=0.0).to(tl.float32)  # [R, D/2]
     second = tl.load(source + natural_b, mask=inside[:, None], other=0.0).to(tl.float32)  # [R, D/2]
     target = (page.to(tl.int64) * tokens + token) * stride_token + head * stride_head
-    _turn_and_store(
-        first, second, out_ptr + target[:, None], token, page, inside, cos_frame_ptr, sin_frame_ptr, cos_space_ptr,
-        sin_space_ptr, frame_pairs, space_pairs, D, ROPE, INTERLEAVED,
+    cos, sin = _angles(
+        cos_frame_ptr, sin_frame_ptr, cos_space_ptr, sin_space_ptr, page, token, inside, frame_pairs, space_pairs,
+        D, ROPE,
     )  # fmt: skip
+    _turn_and_store(first, second, cos, sin, out_ptr + target[:, None], inside, D, ROPE, INTERLEAVED)
 
 
 def decode_pages(
@@ -179,7 +222,7 @@ def decode_pages(
     pairs = (0, 0) if rope is None else (rope.cos_frame.shape[1], rope.cos_space.shape[1])
     tables = [table if rope is None else table.contiguous() for table in given]
     if codec.is_dense:
-        blocks = triton.cdiv(layout.tokens, 32)
+        blocks = cdiv(layout.tokens, 32)
         _dense_kernel[(blocks * len(pages), heads)](
             out, raw.view(layout.dtype), pages, *tables, part_offset, layout.tokens, heads, blocks, *pairs,
             out.stride(0), out.stride(1), D=dim, R=32, ROPE=rope is not None, INTERLEAVED=interleaved, UNIT=GRANULE,
@@ -189,14 +232,15 @@ def decode_pages(
     offsets = {plane.name: plane.offset for plane in layout.planes + layout.codebook_planes}
     fp8 = codec.centroid_type is CentroidType.FP8
     rows = code_rows(layout.tokens, codec.grid.bits)
-    block = 16 if dim <= 128 else 8
-    blocks = triton.cdiv(rows, block)
-    _decode_kernel[(blocks * len(pages), heads)](
+    block, warps = (DECODE["R"], DECODE["num_warps"]) if dim <= 128 else (8, 4)
+    blocks = cdiv(rows, block)
+    together = 1 if rope is None else min(HEADS_TURNED, heads)
+    _decode_kernel[(blocks * len(pages), cdiv(heads, together))](
         out, raw, raw.view(torch.float8_e4m3fn), raw.view(torch.bfloat16), raw.view(torch.float32), pages, codebooks,
         *tables, part_offset, codebook_part_offset, offsets["scales"], offsets.get("ids", 0),
         offsets.get("centroid_scales", 0), offsets.get("balance", 0), layout.tokens, heads, layout.num_centroids, rows,
-        blocks, *pairs, out.stride(0), out.stride(1), D=dim, B=codec.block_size, R=block, BITS=codec.grid.bits,
-        TILE=TILE_TOKENS, TOP=codec.grid.max_level, STEP=codec.grid.step, STAGES=codec.stages,
+        blocks, *pairs, out.stride(0), out.stride(1), D=dim, B=codec.block_size, R=block, H=together,
+        BITS=codec.grid.bits, TILE=TILE_TOKENS, TOP=codec.grid.max_level, STEP=codec.grid.step, STAGES=codec.stages,
         FP8=fp8 and codec.stages > 0, BALANCED=codec.balanced, SPLIT=layout.split_pairs, ROPE=rope is not None,
-        INTERLEAVED=interleaved, UNIT=GRANULE, num_warps=4, enable_fp_fusion=False,
+        INTERLEAVED=interleaved, UNIT=GRANULE, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip

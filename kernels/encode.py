@@ -1,10 +1,11 @@
 """Encoding: a span of K or V becomes pages and a codebook.
 
-    y = x / balance                                 balanced codecs; rounded to the model's dtype
+    y = x * (1 / balance)                           balanced codecs; rounded to the model's dtype
     for every stage:  ids = nearest centroid of y;  y = y - centroid[ids]      rounded to the model's dtype
     codes, scales = blocks of y                     straight into the planes of the pages
 
-Heads are independent. They are worked on in groups, so that the workspace is bounded whatever the number of heads.
+Heads are independent. Where Triton runs, all of K and V go in the same launches (`_span_triton`); PyTorch works on
+groups of heads (`_span_torch`). The workspace is bounded whatever the number of heads.
 """
 
 from collections.abc import Sequence
@@ -12,20 +13,13 @@ from types import ModuleType
 
 import torch
 
-from qvg_paged.kernels import reference
+from qvg_paged.kernels import _span_plan, _span_torch, reference
 from qvg_paged.kernels.backend import Backend, kernel_scope, uses_triton
 from qvg_paged.kernels.errors import ArgumentError
-from qvg_paged.kernels.formats import BalanceRule, CentroidType
-from qvg_paged.kernels.kmeans import Centroids, fit, round_centroids, seed_rows
 from qvg_paged.kernels.layout import GRANULE, PLANE_ALIGNMENT, PartLayout, align
-from qvg_paged.kernels.rope import RoPELayout
 
 __all__ = ["encode_part", "encode_workspace_nbytes", "packer"]
 
-GROUP_BYTES = 16 << 20
-"""Residual bytes worked on at once (at least one head)."""
-SUM_TOKENS = 2048
-"""Tokens whose sums the Triton launcher keeps apart before it adds them in order."""
 MODEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -59,98 +53,32 @@ def encode_part(
     """
     _check(x, layout, buffer, part_offsets, codebook_offset)
     _check_given(x, layout, initial_centroids, ids)
-    triton = uses_triton(backend, x.device)
     if layout.codec.is_dense:
         _write_dense(x, layout, buffer, part_offsets)
         return
-    group = _group_heads(layout, len(x))
     with kernel_scope(x.device):
-        for head in range(0, layout.heads, group):
-            heads = slice(head, min(head + group, layout.heads))
-            some = None if initial_centroids is None else initial_centroids[:, heads]
-            given = None if ids is None else ids[:, heads]
-            _encode_heads(x[:, heads], layout, buffer, part_offsets, codebook_offset, head, some, given, triton)
+        if uses_triton(backend, x.device):
+            _encode_with_triton(x, layout, buffer, part_offsets, codebook_offset, initial_centroids, ids)
+        else:
+            _span_torch.encode_heads(x, layout, buffer, part_offsets, codebook_offset, initial_centroids, ids)
         if codebook_offset is not None:
             reference.zero_padding(buffer, layout.codebook_planes, codebook_offset)
 
 
-def encode_workspace_nbytes(layout: PartLayout, span_tokens: int) -> int:
-    """Upper bound of the temporary bytes of `encode_part` for spans of up to `span_tokens` tokens, either backend."""
-    codec, dim, tokens = layout.codec, layout.head_dim, layout.tokens
-    if codec.is_dense:
-        return GRANULE
-    heads = _group_heads(layout, span_tokens)
-    piece = min(span_tokens, reference.slice_tokens(heads)) * heads
-    book = layout.num_centroids * heads
-    quantise = min(heads * span_tokens, max(tokens, reference.BATCH_ELEMENTS // dim))
-    parts = -(-span_tokens // SUM_TOKENS)
-    steps = [
-        piece * dim * 3 * 8 if codec.balanced else 0,
-        book * dim * 4 + piece * (dim * 8 + layout.num_centroids * 8 + 16),
-        piece * (dim * 16 + 16),
-        quantise * dim * 40,
-        parts * book * (dim + 1) * 4,
-    ]
-    held = heads * span_tokens * (dim * layout.dtype.itemsize + codec.stages) + book * dim * 32 + heads * dim * 32
-    return align(held + max(steps) + (1 << 16), GRANULE)
-
-
-def _group_heads(layout: PartLayout, span_tokens: int) -> int:
-    head_bytes = span_tokens * layout.head_dim * layout.dtype.itemsize
-    return max(1, min(layout.heads, GROUP_BYTES // head_bytes))
-
-
-def _encode_heads(
+def _encode_with_triton(
     x: torch.Tensor,
     layout: PartLayout,
     buffer: torch.Tensor,
     part_offsets: Sequence[int],
     codebook_offset: int | None,
-    first_head: int,
     initial: torch.Tensor | None,
-    given: torch.Tensor | None,
-    triton: bool,
+    ids: torch.Tensor | None,
 ) -> None:
-    codec, heads = layout.codec, x.shape[1]
-    residual = torch.empty((heads, len(x), layout.head_dim), dtype=x.dtype, device=x.device)
-    residual.copy_(x.transpose(0, 1))
-    if codec.balanced:
-        assert codebook_offset is not None
-        balance = _spread(residual, layout.pairing, codec.balance_rule)
-        plane = layout.plane("balance").view(buffer, codebook_offset)
-        plane[first_head : first_head + heads] = _stored(balance, layout)
-        for some in _slices(residual):
-            residual[:, some] = (residual[:, some].float() / balance.float()[:, None]).to(x.dtype)
-    ids = torch.empty((codec.stages, heads, len(x)), dtype=torch.uint8, device=x.device) if given is None else given
-    for stage in range(codec.stages):
-        assert codebook_offset is not None
-        centroids = _stage(residual, layout, stage, ids[stage], initial, given is not None, triton)
-        _write_centroids(centroids, layout, buffer, codebook_offset, stage, first_head)
-        _subtract(residual, ids[stage], centroids.values)
-    pack = packer(triton)
-    pack.quantise_pack(residual, ids if codec.stages else None, layout, buffer, part_offsets, first_head)
+    from qvg_paged.kernels import _span_triton  # noqa: PLC0415 - triton is only loaded where it is used
 
-
-def _stage(
-    residual: torch.Tensor,
-    layout: PartLayout,
-    stage: int,
-    ids: torch.Tensor,
-    initial: torch.Tensor | None,
-    given: bool,
-    triton: bool,
-) -> Centroids:
-    codec, (heads, tokens, _) = layout.codec, residual.shape
-    if initial is not None:
-        start = initial[stage].float()
-    else:
-        rows = seed_rows(tokens, heads, layout.num_centroids, codec.seed + stage)
-        rows = rows.int().to(residual.device, non_blocking=True)
-        start = residual[torch.arange(heads, device=rows.device)[:, None], rows].float()
-    if given:
-        return round_centroids(start, codec.centroid_type)
-    kind, iterations = codec.centroid_type, codec.iterations
-    return fit(residual, start, ids, iterations=iterations, kind=kind, triton=triton)
+    table = torch.tensor([*part_offsets, codebook_offset or 0]).to(x.device, non_blocking=True)
+    places = _span_triton.SpanPlaces(buffer, (layout,), table[None, :-1], table[-1:])
+    _span_triton.encode_rows(_span_triton.SpanTokens.of(x, layout.tokens), places, initial, ids)
 
 
 def packer(triton: bool) -> ModuleType:
@@ -162,57 +90,15 @@ def packer(triton: bool) -> ModuleType:
     return _encode_triton
 
 
-def _slices(residual: torch.Tensor) -> list[slice]:
-    step = reference.slice_tokens(len(residual))
-    return [slice(start, start + step) for start in range(0, residual.shape[1], step)]
+def encode_workspace_nbytes(layout: PartLayout, span_tokens: int) -> int:
+    """Upper bound of the temporary bytes of encoding K and V of spans of up to `span_tokens` tokens, either backend.
 
-
-def _subtract(residual: torch.Tensor, ids: torch.Tensor, centroids: torch.Tensor) -> None:
-    head = torch.arange(len(residual), device=residual.device)[:, None]
-    for some in _slices(residual):
-        rows = centroids[head, ids[:, some].int()]
-        residual[:, some] = (residual[:, some].float() - rows.float()).to(residual.dtype)
-
-
-def _spread(x: torch.Tensor, pairing: RoPELayout | None, rule: BalanceRule) -> torch.Tensor:
-    """What channels are divided by, from their standard deviation over the span, ``[heads, head_dim]`` bfloat16.
-
-    Channels of a RoPE pair share the root mean square of theirs, so that balancing commutes with the rotation. A
-    spread the dtype cannot resolve beside the channel's mean counts as zero, and zero becomes 1. Summed in float64:
-    the rounded result is the same on every device.
+    Both together with Triton, one after the other with PyTorch.
     """
-    tokens = x.shape[1]
-    mean = sum(x[:, some].sum(1, dtype=torch.float64) for some in _slices(x)) / tokens
-    assert isinstance(mean, torch.Tensor)
-    variance = sum((x[:, some] - mean[:, None]).square_().sum(1) for some in _slices(x)) / tokens
-    assert isinstance(variance, torch.Tensor)
-    resolution = max(torch.finfo(x.dtype).eps / 8, 2.0**-16)
-    variance = torch.where(variance > (mean * resolution).square(), variance, 0.0)
-    if pairing is RoPELayout.INTERLEAVED:
-        variance = variance.unflatten(-1, (-1, 2)).mean(-1).repeat_interleave(2, -1)
-    elif pairing is RoPELayout.HALF_SPLIT:
-        variance = variance.unflatten(-1, (2, -1)).mean(-2).repeat(1, 2)
-    spread = variance.sqrt()
-    if rule is BalanceRule.ROOT:
-        middle = spread.median(-1, keepdim=True).values
-        spread = torch.maximum((spread * middle).sqrt(), spread / 2)
-    spread = spread.to(torch.bfloat16)
-    return torch.where(spread > torch.finfo(torch.bfloat16).tiny, spread, 1.0)
-
-
-def _stored(x: torch.Tensor, layout: PartLayout) -> torch.Tensor:
-    return torch.cat([x[..., 0::2], x[..., 1::2]], -1) if layout.split_pairs else x
-
-
-def _write_centroids(
-    centroids: Centroids, layout: PartLayout, buffer: torch.Tensor, offset: int, stage: int, first_head: int
-) -> None:
-    owned = slice(first_head, first_head + len(centroids.stored))
-    raw = torch.uint8 if layout.codec.centroid_type is CentroidType.FP8 else torch.bfloat16
-    plane = layout.plane("centroids").view(buffer, offset).view(raw)
-    plane[stage, owned] = _stored(centroids.stored.view(raw), layout)
-    if centroids.scales is not None:
-        layout.plane("centroid_scales").view(buffer, offset)[stage, owned] = centroids.scales
+    if layout.codec.is_dense:
+        return GRANULE
+    torch_nbytes = _span_torch.workspace_nbytes(layout, span_tokens)
+    return align(max(torch_nbytes, _span_plan.workspace_nbytes(layout, span_tokens)) + (1 << 16), GRANULE)
 
 
 def _write_dense(x: torch.Tensor, layout: PartLayout, buffer: torch.Tensor, part_offsets: Sequence[int]) -> None:

@@ -5,7 +5,6 @@ what a reader will add. A fixed number of iterations: nothing waits for the devi
 """
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 
@@ -13,7 +12,7 @@ from qvg_paged.kernels import reference
 from qvg_paged.kernels._blocks import FP8_MAX
 from qvg_paged.kernels.formats import CentroidType
 
-__all__ = ["Centroids", "fit", "launchers", "round_centroids", "seed_rows"]
+__all__ = ["Centroids", "fit", "round_centroids", "seed_rows"]
 
 
 @dataclass(frozen=True)
@@ -29,15 +28,6 @@ class Centroids:
     stored: torch.Tensor
     scales: torch.Tensor | None
     values: torch.Tensor
-
-
-def launchers(triton: bool) -> ModuleType:
-    """Module with `assign_centroids` and `centroid_means`: the Triton launchers or their twins."""
-    if not triton:
-        return reference
-    from qvg_paged.kernels import _kmeans_triton  # noqa: PLC0415 - triton is only loaded where it is used
-
-    return _kmeans_triton
 
 
 def seed_rows(tokens: int, heads: int, count: int, seed: int) -> torch.Tensor:
@@ -76,7 +66,7 @@ def fit(
     *,
     iterations: int,
     kind: CentroidType,
-    triton: bool,
+    triton: bool = False,
 ) -> Centroids:
     """Centroids of `residual` after `iterations` of Lloyd's algorithm, and the nearest one of every token.
 
@@ -86,15 +76,18 @@ def fit(
         ids: ``[heads, tokens]`` uint8, written: the nearest of the returned (rounded) centroids.
         iterations: updates of the centroids.
         kind: storage of the centroids.
-        triton: whether the Triton launchers are used.
+        triton: whether Triton's launchers are used.
     """
-    run = launchers(triton)
+    if triton:
+        from qvg_paged.kernels import _span_triton  # noqa: PLC0415 - triton is only loaded where it is used
+
+        return _span_triton.fit_rows(residual, initial, ids, iterations, kind)
     initial = initial.contiguous()
     centroids = round_centroids(initial, kind)
     means = torch.empty_like(initial)
     for _ in range(iterations):
-        run.assign_centroids(residual, centroids.values, ids)
-        run.centroid_means(residual, ids, centroids.values, means)
+        reference.assign_centroids(residual, centroids.values, ids)
+        reference.centroid_means(residual, ids, centroids.values, means)
         centroids = round_centroids(means, kind)
-    run.assign_centroids(residual, centroids.values, ids)
+    reference.assign_centroids(residual, centroids.values, ids)
     return centroids

@@ -7,8 +7,8 @@ import torch
 
 from qvg_paged.events import fault_point
 from qvg_paged.fence import Fence
-from qvg_paged.kernels.encode import encode_part
-from qvg_paged.kernels.layout import GRANULE, PageLayout, PartLayout
+from qvg_paged.kernels.layout import PageLayout
+from qvg_paged.kernels.span import SpanEncoding
 from qvg_paged.page import DENSE_FORMAT, Page
 
 __all__ = ["SpanEncoder"]
@@ -42,10 +42,15 @@ class SpanEncoder:
 
     def encode(self, dense: list[Page], quantised: list[Page]) -> None:
         """Write the span held by `dense` pages into `quantised` pages and their codebook."""
+        source, codebook = self._layouts[DENSE_FORMAT], quantised[0].codebook
         with self._on_side_stream():
-            for layer in range(self._layouts[DENSE_FORMAT].num_layers):
+            span = SpanEncoding(
+                self._buffer, source, self._layouts[quantised[0].format], [page.id for page in dense],
+                [page.id for page in quantised], codebook.slot.id if codebook else None,
+            )  # fmt: skip
+            for layer in range(source.num_layers):
                 fault_point("encode.layer")
-                self._encode_layer(layer, dense, quantised)
+                span.encode(layer)
             self._done = Fence.record(self._buffer.device)
 
     @contextmanager
@@ -56,28 +61,6 @@ class SpanEncoder:
                 yield
             finally:
                 self._done = Fence.record(self._buffer.device)
-
-    def _encode_layer(self, layer: int, dense: list[Page], quantised: list[Page]) -> None:
-        source, target = self._layouts[DENSE_FORMAT], self._layouts[quantised[0].format]
-        codebook = quantised[0].codebook
-        book = codebook.slot.id * GRANULE if codebook else 0
-        for part, start, end, codebook_offset in (
-            (target.key, source.key_offset(layer), target.key_offset(layer), target.key_codebook_offset(layer)),
-            (target.value, source.value_offset(layer), target.value_offset(layer), target.value_codebook_offset(layer)),
-        ):
-            values = source.key.plane("values")
-            frames = [values.view(self._buffer, page.id * GRANULE + start) for page in dense]
-            offsets = [page.id * GRANULE + end for page in quantised]
-            self._encode_part(part, frames, offsets, book + codebook_offset if codebook else None)
-
-    def _encode_part(
-        self, part: PartLayout, frames: list[torch.Tensor], offsets: list[int], codebook: int | None
-    ) -> None:
-        if part.codec.is_dense:
-            for frame, offset in zip(frames, offsets, strict=True):
-                part.plane("values").view(self._buffer, offset).copy_(frame)
-        else:
-            encode_part(torch.cat(frames), part, self._buffer, offsets, codebook)
 
     def order_after(self) -> None:
         """Let the current stream wait until every span handed over so far is encoded."""

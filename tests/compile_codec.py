@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qvg_paged.kernels import _decode_triton, _encode_triton, _kmeans_triton
+from qvg_paged.kernels import _decode_triton, _span_triton
 from qvg_paged.kernels.formats import DENSE_CODEC, FORMATS, CentroidType, Codec, ScaleRule
 from qvg_paged.kernels.layout import PartLayout
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec, RoPETables
@@ -23,14 +23,14 @@ QVG4 = FORMATS["qvg4-int2"].key
 CODECS = {
     "qvg4": QVG4,
     "qvg4-fp8": replace(QVG4, centroid_type=CentroidType.FP8, scale_rule=ScaleRule.LEAST_SQUARES),
-    "qvg-pro": FORMATS["qvg-pro-int2"].key,
+    "qvg-pro": replace(FORMATS["qvg-pro-int2"].key, stages=2),
     "int4": FORMATS["qvg-int4"].key,
     "dense": DENSE_CODEC,
 }
 VARIANTS = [
     *((name, torch.bfloat16, 128) for name in CODECS),
-    *(("qvg4", dtype, dim) for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 256), (torch.float16, 128))),
-    ("qvg4", torch.float32, 64),
+    ("qvg4", torch.bfloat16, 256),
+    ("qvg4", torch.float16, 64),
 ]
 
 
@@ -73,19 +73,24 @@ def part(codec: Codec, dtype: torch.dtype, dim: int) -> PartLayout:
     )  # fmt: skip
 
 
+def _launch_span(layout: PartLayout, buffer: torch.Tensor, tensors: int, rows: range) -> None:
+    x = torch.zeros(tensors * FRAMES * TOKENS * HEADS * layout.head_dim, dtype=layout.dtype)
+    # Tables start wherever a layer's row does.
+    table = torch.zeros(8, FRAMES, dtype=torch.int64)[1 : tensors + 1]
+    tokens = _span_triton.SpanTokens(
+        x, table, HEADS * layout.head_dim, layout.head_dim, TOKENS, HEADS, layout.head_dim
+    )  # fmt: skip
+    places = _span_triton.SpanPlaces(buffer, (layout,) * tensors, table, table[:, 0].contiguous())
+    _span_triton.encode_group(tokens, places, rows)
+
+
 def launch_codec(codec: Codec, dtype: torch.dtype, dim: int) -> None:
     """Every launch of a span's way into the pool and back, group sizes and table rows as they fall."""
-    layout, span = part(codec, dtype, dim), FRAMES * TOKENS
+    layout = part(codec, dtype, dim)
     buffer = torch.zeros(1 << 22, dtype=torch.uint8)
-    offsets = [0, 1 << 20]
     if not codec.is_dense:
-        for first, heads in ((0, 1), (1, 1), (0, 2), (2, 1)):
-            residual = torch.zeros(heads, span, dim, dtype=dtype)
-            ids = torch.zeros(max(codec.stages, 1), heads, span, dtype=torch.uint8)
-            centroids = torch.zeros(heads, layout.num_centroids, dim, dtype=torch.bfloat16)
-            _kmeans_triton.assign_centroids(residual, centroids, ids[0])
-            _kmeans_triton.centroid_means(residual, ids[0], centroids, torch.zeros(centroids.shape))
-            _encode_triton.quantise_pack(residual, ids, layout, buffer, offsets, first)
+        for tensors, first, rows in ((1, 0, 1), (1, 1, 2), (2, 0, 6), (2, 3, 2)):
+            _launch_span(layout, buffer, tensors, range(first, first + rows))
     spec = RoPESpec(head_dim=dim, grid=GRID)
     for rope in (None, spec.tables([float(i) for i in range(8)])):
         for start in range(4):

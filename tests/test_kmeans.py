@@ -1,11 +1,14 @@
 """K-means of the smoothing stages: seeds, assignment, sums, rounding."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from qvg_paged.kernels import reference
-from qvg_paged.kernels.formats import CentroidType
-from qvg_paged.kernels.kmeans import fit, launchers, round_centroids, seed_rows
+from qvg_paged.kernels.codec import encode_span
+from qvg_paged.kernels.formats import CentroidType, Codec, Grid
+from qvg_paged.kernels.kmeans import fit, round_centroids, seed_rows
 
 BACKENDS = [False, True]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -16,6 +19,33 @@ def clustered(heads: int, tokens: int, dim: int, clusters: int) -> tuple[torch.T
     centres = 4.0 * torch.randint(-2, 3, (heads, clusters, dim)).float()
     label = torch.arange(tokens) % clusters
     return centres[:, label] + 0.1 * torch.randn(heads, tokens, dim), centres
+
+
+def row_group(x: torch.Tensor, count: int) -> Any:
+    """The rows ``[heads, tokens, dim]`` of `x` as the Triton launchers take them, with a workspace of `count`."""
+    from qvg_paged.kernels import _kmeans_triton, _tokens_triton  # noqa: PLC0415 - after the interpreter was chosen
+
+    heads, tokens, dim = x.shape
+    return _kmeans_triton.RowGroup(
+        tokens=_tokens_triton.SpanTokens.of(x.transpose(0, 1), tokens), rows=range(heads), inverse=None,
+        ids=torch.zeros(1, heads, tokens, dtype=torch.uint8, device=x.device),
+        centroids=torch.zeros(1, heads, count, dim, dtype=torch.bfloat16, device=x.device),
+        norms=torch.zeros(heads, count, device=x.device),
+    )  # fmt: skip
+
+
+def assigned(triton: bool, x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    if not triton:
+        ids = torch.empty(x.shape[:2], dtype=torch.uint8)
+        reference.assign_centroids(x, centroids, ids)
+        return ids
+    from qvg_paged.kernels import _kmeans_triton  # noqa: PLC0415
+
+    group = row_group(x, centroids.shape[1])
+    group.centroids[0] = centroids
+    group.norms[:] = centroids.float().square().sum(-1)
+    _kmeans_triton.assign(group, 0)
+    return group.ids[0]
 
 
 def distortion(x: torch.Tensor, centroids: torch.Tensor, ids: torch.Tensor) -> float:
@@ -50,29 +80,38 @@ def test_seeding_leaves_the_global_generator_alone() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_tokens_go_to_the_nearest_centroid(triton: bool, dtype: torch.dtype) -> None:
     x, centres = clustered(2, 150, 32, 20)
-    ids = torch.empty(2, 150, dtype=torch.uint8)
-    launchers(triton).assign_centroids(x.to(dtype), centres.bfloat16(), ids)
+    ids = assigned(triton, x.to(dtype), centres.bfloat16())
     assert torch.equal(ids, torch.cdist(x.double(), centres.double()).argmin(-1).to(torch.uint8))
 
 
 @pytest.mark.parametrize("triton", BACKENDS)
-def test_among_equal_centroids_the_first_is_taken(triton: bool) -> None:
-    x = torch.randint(-4, 5, (1, 40, 16)).float()  # small integers: scores are exact
+def test_among_equal_centroids_equal_tokens_take_the_same(triton: bool) -> None:
+    x = torch.randint(-4, 5, (1, 20, 16)).float().repeat(1, 2, 1)  # small integers: scores are exact
     centroids = torch.randint(-4, 5, (1, 5, 16)).bfloat16().repeat(1, 30, 1)
-    ids = torch.empty(1, 40, dtype=torch.uint8)
-    launchers(triton).assign_centroids(x, centroids, ids)
-    assert int(ids.max()) < 5
+    ids = assigned(triton, x, centroids).long()
+    nearest = torch.cdist(x[0].double(), centroids[0].double())
+    assert torch.equal(nearest.gather(1, ids[0, :, None])[:, 0], nearest.amin(1))
+    assert torch.equal(ids[0, :20], ids[0, 20:])
+    if not triton:
+        assert int(ids.max()) < 5
 
 
 @pytest.mark.parametrize("triton", BACKENDS)
 @pytest.mark.parametrize("tokens", [1, 70, 2100])
 def test_means_are_those_of_the_members_and_without_members_a_centroid_stays(triton: bool, tokens: int) -> None:
     if triton and tokens > 100:
-        tokens = 2080  # two runs of the kernel
+        tokens = 3600  # two runs of the kernel
     x = torch.randn(2, tokens, 16)
     ids = torch.randint(0, 3, (2, tokens)).to(torch.uint8)
     before, means = torch.randn(2, 5, 16).bfloat16(), torch.empty(2, 5, 16)
-    launchers(triton).centroid_means(x, ids, before, means)
+    if triton:
+        from qvg_paged.kernels import _kmeans_triton  # noqa: PLC0415
+
+        group = row_group(x, 5)
+        group.ids[0], group.centroids[0] = ids, before
+        _kmeans_triton.update(group, 0, means)
+    else:
+        reference.centroid_means(x, ids, before, means)
     for head in range(2):
         counts = torch.bincount(ids[head].long(), minlength=5)
         sums = torch.zeros(5, 16).double().index_add_(0, ids[head].long(), x[head].double())
@@ -81,13 +120,14 @@ def test_means_are_those_of_the_members_and_without_members_a_centroid_stays(tri
         assert torch.equal(means[head][~found], before[head][~found].float())
 
 
-def test_iterations_lower_the_distortion_and_find_separated_clusters() -> None:
-    x, _ = clustered(2, 400, 32, 4)
-    ids = torch.empty(2, 400, dtype=torch.uint8)
+@pytest.mark.parametrize("triton", BACKENDS)
+def test_iterations_lower_the_distortion_and_find_separated_clusters(triton: bool) -> None:
+    x, _ = clustered(2, 200, 32, 4)
+    ids = torch.empty(2, 200, dtype=torch.uint8)
     start = x[:, :6]
     errors = []
     for iterations in range(4):
-        found = fit(x, start, ids, iterations=iterations, kind=CentroidType.BF16, triton=False)
+        found = fit(x, start, ids, iterations=iterations, kind=CentroidType.BF16, triton=triton)
         errors.append(distortion(x, found.values, ids))
     assert errors[1] < errors[0]
     assert errors[3] <= errors[1] * 1.001
@@ -98,7 +138,7 @@ def test_a_centroid_without_tokens_keeps_its_place() -> None:
     x = torch.randn(1, 50, 16)
     start = torch.cat([x[:, :3], torch.full((1, 1, 16), 100.0)], 1)
     ids = torch.empty(1, 50, dtype=torch.uint8)
-    found = fit(x, start, ids, iterations=3, kind=CentroidType.BF16, triton=False)
+    found = fit(x, start, ids, iterations=3, kind=CentroidType.BF16)
     assert torch.equal(found.values[0, 3], torch.full((16,), 100.0).bfloat16())
     assert int(ids.max()) == 2
 
@@ -106,7 +146,7 @@ def test_a_centroid_without_tokens_keeps_its_place() -> None:
 def test_final_ids_are_nearest_to_the_rounded_centroids() -> None:
     x = torch.randn(2, 300, 16)
     ids, again = torch.empty(2, 300, dtype=torch.uint8), torch.empty(2, 300, dtype=torch.uint8)
-    found = fit(x, x[:, :16], ids, iterations=2, kind=CentroidType.FP8, triton=False)
+    found = fit(x, x[:, :16], ids, iterations=2, kind=CentroidType.FP8)
     reference.assign_centroids(x, found.values, again)
     assert torch.equal(ids, again)
 
@@ -126,15 +166,13 @@ def test_fp8_centroids_are_in_range_and_rounding_twice_changes_nothing(size: flo
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_k_means_on_a_gpu_repeats_itself_and_is_as_good_as_on_the_cpu(dtype: torch.dtype) -> None:
-    x = (torch.randn(3, 5000, 128) + 3 * torch.randn(3, 40, 128)[:, torch.arange(5000) % 40]).to(dtype)
-    results = []
-    for device, triton in (("cuda", True), ("cuda", True), ("cpu", False)):
-        y = x.to(device)
-        ids = torch.empty(3, 5000, dtype=torch.uint8, device=device)
-        start = y.gather(1, seed_rows(5000, 3, 100, 1).to(device)[..., None].expand(-1, -1, 128)).float()
-        found = fit(y, start, ids, iterations=5, kind=CentroidType.BF16, triton=triton)
-        results.append((found.values.cpu(), ids.cpu()))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
-    errors = [distortion(x, *result) for result in results]
+    codec = Codec(grid=Grid.INT4, num_centroids=100, iterations=5)
+    x = (torch.randn(5000, 3, 128) + 3 * torch.randn(40, 3, 128)[torch.arange(5000) % 40]).to(dtype)
+    spans = [encode_span(x.to(device), codec) for device in ("cuda", "cuda", "cpu")]
+    assert torch.equal(spans[0].buffer, spans[1].buffer)
+    errors = []
+    for span in spans:
+        plane = span.layout.plane("ids").view(span.buffer, span.part_offset(0))[:, 0]
+        centroids = span.layout.plane("centroids").view(span.buffer, 0)[0]
+        errors.append(distortion(x.transpose(0, 1), centroids.cpu(), plane.cpu()))
     assert errors[0] == pytest.approx(errors[2], rel=0.01)

@@ -12,7 +12,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from world_model.model import WorldModel, rotate
 from world_model.sampling import noise_levels
 
@@ -20,12 +19,6 @@ from quality.codecs import DenseSpan, SpanCodec
 from quality.paths import Paths
 
 __all__ = ["Cache", "CodedHistory", "decoded", "generate", "prefill"]
-
-
-LAYERS_AT_ONCE = 4
-"""Layers coded together: more cost memory, fewer cost launches."""
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Not cuDNN's, which plans anew for every length of the history."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +102,7 @@ class CodedHistory:
         keys, values = (plane[layer][:, visible].transpose(1, 2) for plane in (self.rotated, self.values))
         asked = self._corrected(layer, q) if self.extra else q
         asked = asked.to(keys.dtype).transpose(1, 2)
-        with sdpa_kernel(ATTENTION):
-            out = functional.scaled_dot_product_attention(asked, keys, values, scale=self.dim**-0.5)
+        out = functional.scaled_dot_product_attention(asked, keys, values, scale=self.dim**-0.5)
         return out.transpose(1, 2)[..., : self.dim].to(q.dtype)
 
     def commit(self) -> None:
@@ -185,14 +177,9 @@ class CodedHistory:
 def decoded(codec: SpanCodec, x: Tensor, moment: Tensor | None) -> Tensor:
     """`x` ``[layers, paths, tokens, heads, dim]`` coded and decoded, every head of every layer by itself."""
     layers, paths, tokens, heads, dim = x.shape
-    out = torch.empty_like(x)
-    for first in range(0, layers, LAYERS_AT_ONCE):
-        some = x[first : first + LAYERS_AT_ONCE]
-        rows = slice(first * paths * heads, (first + len(some)) * paths * heads)
-        mine = moment[rows] if codec.uses_queries and moment is not None else None
-        coded = codec.code(some.transpose(2, 3).reshape(-1, tokens, dim), mine)
-        out[first : first + len(some)] = coded.to(x.dtype).view(-1, paths, heads, tokens, dim).transpose(2, 3)
-    return out
+    flat = x.transpose(2, 3).reshape(layers * paths * heads, tokens, dim)
+    coded = codec.code(flat, moment if codec.uses_queries else None)
+    return coded.to(x.dtype).view(layers, paths, heads, tokens, dim).transpose(2, 3)
 
 
 @torch.no_grad()

@@ -1,0 +1,115 @@
+"""Triton launcher of the balancing factors: the spread of every channel over a span, as `_span_torch` defines it."""
+
+import torch
+import triton
+import triton.language as tl
+
+from qvg_paged.kernels._span_plan import MOMENT_TOKENS, cdiv
+from qvg_paged.kernels._span_torch import spread_resolution
+from qvg_paged.kernels._tokens_triton import COUNTS, SpanTokens, load_tile, load_tokens, rounded_to_bf16
+from qvg_paged.kernels.formats import BalanceRule
+from qvg_paged.kernels.layout import PartLayout
+from qvg_paged.kernels.rope import RoPELayout
+
+__all__ = ["write_spread"]
+
+PAIRINGS = {None: 0, RoPELayout.INTERLEAVED: 1, RoPELayout.HALF_SPLIT: 2}
+MOMENTS = [name for name in COUNTS if name not in ("rows", "span_tokens", "num_centroids")]
+SPREAD = ["books_ptr", "first_row", "heads", "span_tokens", "runs", "balance_offset", "pairings", "split"]
+
+
+@triton.jit(do_not_specialize=MOMENTS)
+def _moments_kernel(
+    moments_ptr, x_ptr, starts_ptr, first_row, heads, frames, frame_tokens, token_stride, head_stride,
+    D: tl.constexpr, T: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Sums, and sums of squares, of the distances from the span's first token, of one run of tokens; that token."""
+    run, row = tl.program_id(0), tl.program_id(1)
+    first = tl.arange(0, 1)
+    origin = load_tokens(
+        x_ptr, starts_ptr, first_row + row, first, first == 0, heads, frames, frame_tokens, token_stride, head_stride, D
+    ).to(tl.float64)  # [1, D]
+    total = tl.zeros((T, D), tl.float64)
+    squares = tl.zeros((T, D), tl.float64)
+    tiles = frames * tl.cdiv(frame_tokens, T)
+    for tile in tl.range(run * (RUN // T), tl.minimum((run + 1) * (RUN // T), tiles), num_stages=4):
+        x, _, inside = load_tile(
+            x_ptr, starts_ptr, first_row + row, tile, heads, frames, frame_tokens, token_stride, head_stride, D, T
+        )  # fmt: skip
+        x = x.to(tl.float64)
+        x = tl.where(inside[:, None], x - origin, 0.0)
+        total += x
+        squares += x * x
+    out = moments_ptr + (row * tl.num_programs(0) + run) * 3 * D + tl.arange(0, D)
+    tl.store(out, tl.sum(total, 0))
+    tl.store(out + D, tl.sum(squares, 0))
+    tl.store(out + 2 * D, tl.sum(origin, 0))
+
+
+@triton.jit
+def _variance(moments_ptr, row, runs, span_tokens, resolution, channel, D: tl.constexpr):
+    total = tl.zeros((D,), tl.float64)
+    squares = tl.zeros((D,), tl.float64)
+    for run in range(runs):
+        at = moments_ptr + (row * runs + run) * 3 * D + channel
+        total += tl.load(at)
+        squares += tl.load(at + D)
+    shift = total / span_tokens
+    limit = (tl.load(moments_ptr + row * runs * 3 * D + 2 * D + channel) + shift) * resolution
+    variance = squares / span_tokens - shift * shift
+    return tl.where(variance > limit * limit, variance, 0.0)
+
+
+@triton.jit(do_not_specialize=SPREAD)
+def _spread_kernel(
+    inverse_ptr, buffer_ptr, books_ptr, moments_ptr, first_row, heads, span_tokens, runs, balance_offset, resolution,
+    smallest, pairings, split, D: tl.constexpr, ROOT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    tensor, head = (first_row + row) // heads, (first_row + row) % heads
+    channel = tl.arange(0, D)
+    pairing = (pairings >> (2 * tensor)) & 3
+    partner = tl.where(pairing == 1, channel ^ 1, tl.where(pairing == 2, (channel + D // 2) % D, channel))
+    variance = _variance(moments_ptr, row, runs, span_tokens, resolution, channel, D)
+    variance = (variance + _variance(moments_ptr, row, runs, span_tokens, resolution, partner, D)) * 0.5
+    spread = tl.sqrt(variance)
+    if ROOT:
+        spread = tl.sqrt(spread)
+    spread = rounded_to_bf16(spread.to(tl.float32))
+    spread = tl.where(spread > smallest, spread, 1.0)
+    tl.store(inverse_ptr + row * D + channel, tl.div_rn(tl.full((D,), 1.0, tl.float32), spread))
+    stored = tl.where(((split >> tensor) & 1) == 1, channel // 2 + channel % 2 * (D // 2), channel)
+    out = (buffer_ptr + tl.load(books_ptr + tensor) + balance_offset).to(tl.pointer_type(tl.bfloat16))
+    tl.store(out + head * D + stored, spread.to(tl.bfloat16))
+
+
+def write_spread(
+    tokens: SpanTokens, layouts: tuple[PartLayout, ...], buffer: torch.Tensor, books: torch.Tensor, group: range
+) -> torch.Tensor:
+    """Write the balancing factors of the rows of a group into their codebooks; their reciprocals, ``[rows, head_dim]``.
+
+    Args:
+        tokens: the span.
+        layouts: of each of its tensors.
+        buffer: 1-D uint8 pool.
+        books: ``[tensors]`` int64 on the device: byte of the pool at which the codebook part starts.
+        group: rows.
+    """
+    dim, device = tokens.head_dim, buffer.device
+    size = max(1, 2048 // dim)
+    runs = cdiv(tokens.frames * cdiv(tokens.frame_tokens, size), MOMENT_TOKENS // size)
+    moments = torch.empty((len(group), runs, 3, dim), dtype=torch.float64, device=device)
+    inverse = torch.empty((len(group), dim), dtype=torch.float32, device=device)
+    _moments_kernel[(runs, len(group))](
+        moments, tokens.base, tokens.starts, group.start, tokens.heads, tokens.frames, tokens.frame_tokens,
+        tokens.token_stride, tokens.head_stride, D=dim, T=size, RUN=MOMENT_TOKENS,
+        num_warps=4,
+    )  # fmt: skip
+    pairings = sum(PAIRINGS[layout.pairing] << (2 * number) for number, layout in enumerate(layouts))
+    split = sum(int(layout.split_pairs) << number for number, layout in enumerate(layouts))
+    _spread_kernel[(len(group),)](
+        inverse, buffer, books, moments, group.start, tokens.heads, tokens.span_tokens, runs,
+        layouts[0].plane("balance").offset, spread_resolution(tokens.base.dtype), torch.finfo(torch.bfloat16).tiny,
+        pairings, split, D=dim, ROOT=layouts[0].codec.balance_rule is BalanceRule.ROOT, num_warps=1,
+    )  # fmt: skip
+    return inverse
