@@ -1,5 +1,6 @@
 """``qvg-paged stress`` and ``qvg-paged stress compare``; what they run is handed in by `qvg_paged.cli`."""
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -79,6 +80,8 @@ def make_app(benchmark: Benchmark, errors: Guard) -> typer.Typer:
         if context.invoked_subcommand is not None:
             return
         console = make_console()
+        if policy and ":" in policy and str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))  # a policy of one's own lies where one works
         with errors():
             module, files = benchmark("stress.command"), benchmark("results_file")
             options = module.StressOptions(

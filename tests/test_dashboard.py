@@ -173,3 +173,19 @@ def test_the_documentation_lists_every_metric_and_no_other(families: list[Any]) 
     expected = "\n".join(["| metric | type | labels | |", "|---|---|---|---|", *rows])
     told = (DOCS / "observability.md").read_text().split("<!-- metrics -->\n")[1].split("\n<!-- end -->")[0]
     assert told == expected, f"docs/observability.md should have:\n{expected}"
+
+
+def test_the_snippets_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "observability.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    cache = make_cache()
+    scope: dict[str, Any] = {"cache": cache, "scheduler": Scheduler(cache), "print": lambda _: None}
+    exec(blocks[0].replace("9400", "0"), scope)
+    with scope["server"] as server, urllib.request.urlopen(server.url, timeout=10) as answer:
+        assert b"kvp_streams" in answer.read()
+    exec(blocks[1], scope)
+    scheduler = Scheduler(cache, log=scope["log"])
+    scheduler.submit(StreamRequest("a", "t", 3, WINDOW))
+    assert json.loads((tmp_path / "decisions.jsonl").read_text().splitlines()[1])["id"] == "a"
+    assert scope["config"].on_event == scope["events"].event

@@ -1,5 +1,6 @@
 """Policies by name: of the package, of other distributions, by module and class; and the documentation's own."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 import pytest
 from tiny import WINDOW, make_cache
+from typer.testing import CliRunner
 
-from qvg_paged import ArgumentError, ConfigError
+from qvg_paged import ArgumentError, ConfigError, cli
 from qvg_paged.scheduler import FCFS, FairShare, Priority, Scheduler, StreamRequest, available_policies, load_policy
 from qvg_paged.scheduler.plugins import GROUP, OWN
 
@@ -121,3 +123,18 @@ def test_every_snippet_of_the_documentation_runs_and_its_own_policy_has_twenty_l
         first = "short" if "ShortestFirst" in scope else "long"
         assert plan.admitted[0].stream_id == first
         assert not plan.policy_fault
+
+
+def test_the_policy_of_the_documentation_runs_under_the_stress_harness_from_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snippet = re.findall(r"```python\n(.*?)```", (DOCS / "policies.md").read_text(), re.DOTALL)[0]
+    (tmp_path / "my_policy.py").write_text(snippet.split("scheduler = ")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name = "my_policy:ShortestFirst"
+    result = CliRunner().invoke(cli.app, ["stress", "--policy", name, "--seeds", "1", "--streams", "6", "--out", "out"])
+    assert result.exit_code == 0, result.output
+    assert f"with policy {name}" in " ".join(result.output.split())
+    assert "0 failures" in result.output
+    assert json.loads((tmp_path / "out" / "result.json").read_text())
