@@ -28,7 +28,7 @@ from world_model.objective import Mask, Objective, run_block, training_mask
 from world_model.weights import export, join_parts, split_parts
 from world_model.world import RoomVideos
 
-__all__ = ["FULL", "SMALL", "TINY", "Recipe", "Stage", "Trainer"]
+__all__ = ["FULL", "TINY", "Recipe", "Stage", "Trainer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,6 @@ FULL = Recipe(
         Stage(frames=32, batch=24, until=0.2),
         Stage(frames=64, batch=12, until=1.0),
     ),
-)
-SMALL = Recipe(
-    model=WorldModelConfig(dim=256, layers=8), stages=(Stage(frames=64, batch=12, until=1.0),), own_after=0.75
 )
 TINY = Recipe(
     model=WorldModelConfig(resolution=32, dim=128, layers=2),
@@ -204,7 +201,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--join", type=Path, metavar="FOLDER", help="only put such parts together again as --export")
     parser.add_argument("--evaluate", type=int, nargs="*", metavar="STEPS", help="evaluate with these sampler steps")
     parser.add_argument("--json", type=Path, help="write recipe, log and evaluation here")
-    parser.add_argument("--preset", choices=["full", "small", "tiny"], default="full")
+    parser.add_argument("--preset", choices=["full", "tiny"], default="full")
     parser.add_argument("--matrix-lr", type=float)
     parser.add_argument("--other-lr", type=float)
     parser.add_argument("--own-share", type=float)
@@ -221,7 +218,7 @@ def main() -> None:
     if args.join:
         join_parts(args.join, args.export)
         return
-    recipe = {"full": FULL, "small": SMALL, "tiny": TINY}[args.preset]
+    recipe = {"full": FULL, "tiny": TINY}[args.preset]
     given = {name: getattr(args, name) for name in ("matrix_lr", "other_lr", "own_share")}
     stages = tuple(replace(s, batch=max(1, round(s.batch * args.batch_scale))) for s in recipe.stages)
     recipe = replace(recipe, stages=stages, **{name: value for name, value in given.items() if value is not None})
