@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 TYPED := $(abspath $(VENV))/typed
 
-.PHONY: demo test unit gpu-test eval bench bench-tests lint types tables install clean
+.PHONY: demo test unit coverage gpu-test eval bench bench-tests lint types tables install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo 'make unit      tests only            make gpu-test  tests that need a CUDA device'
 	@echo 'make eval      quality of every format in closed loop (meant for a GPU)'
 	@echo 'make bench     speed beside what it competes with     make bench-tests  benchmarks of the test suite'
+	@echo 'make coverage  every branch of scheduler and pool, or it fails'
 	@echo 'make lint      ruff                  make types     mypy, strict'
 	@echo 'make tables    fill README tables from benchmarks/results'
 
@@ -41,6 +42,13 @@ test: lint types unit
 
 unit: $(READY)
 	$(BIN)/pytest -m 'not gpu' --benchmark-disable $(ARGS)
+
+# every branch of the scheduler and of the pool; state machines and simulations reach them too, but these tests alone must
+COVERING := async bad_input metrics plugins policies pool pressure scheduler tiers
+
+coverage: $(READY)
+	$(BIN)/pytest --benchmark-disable $(COVERING:%=tests/test_%.py) --cov=scheduler --cov=qvg_paged --cov-branch --cov-report= $(ARGS)
+	$(BIN)/python -m coverage report --include='scheduler/*,qvg_paged/pool.py' --show-missing --skip-covered --fail-under=100
 
 gpu-test: $(READY)
 	$(BIN)/pytest -m gpu $(ARGS)

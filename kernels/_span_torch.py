@@ -122,7 +122,7 @@ def _subtract(residual: torch.Tensor, ids: torch.Tensor, centroids: torch.Tensor
 
 
 def _spread(x: torch.Tensor, pairing: RoPELayout | None, rule: BalanceRule) -> torch.Tensor:
-    """Standard deviation of every channel around its mean over the span, or its root, ``[heads, head_dim]`` bfloat16.
+    """What channels are divided by, from their standard deviation over the span, ``[heads, head_dim]`` bfloat16.
 
     Channels of a RoPE pair share the root mean square of theirs, so that balancing commutes with the rotation. A
     spread the dtype cannot resolve beside the channel's mean counts as zero, and zero becomes 1. Summed in float64:
@@ -139,7 +139,10 @@ def _spread(x: torch.Tensor, pairing: RoPELayout | None, rule: BalanceRule) -> t
     elif pairing is RoPELayout.HALF_SPLIT:
         variance = variance.unflatten(-1, (2, -1)).mean(-2).repeat(1, 2)
     spread = variance.sqrt()
-    spread = (spread.sqrt() if rule is BalanceRule.ROOT else spread).to(torch.bfloat16)
+    if rule is BalanceRule.ROOT:
+        middle = spread.median(-1, keepdim=True).values
+        spread = torch.maximum((spread * middle).sqrt(), spread / 2)
+    spread = spread.to(torch.bfloat16)
     return torch.where(spread > torch.finfo(torch.bfloat16).tiny, spread, 1.0)
 
 

@@ -60,6 +60,14 @@ def _variance(moments_ptr, row, runs, span_tokens, resolution, channel, D: tl.co
     return tl.where(variance > limit * limit, variance, 0.0)
 
 
+@triton.jit
+def _median(x, D: tl.constexpr):
+    """The lower of the two values in the middle."""
+    place = tl.arange(0, D)
+    before = (x[:, None] < x[None, :]) | ((x[:, None] == x[None, :]) & (place[:, None] < place[None, :]))
+    return tl.sum(tl.where(tl.sum(before.to(tl.int32), 0) == (D - 1) // 2, x, 0.0), 0)
+
+
 @triton.jit(do_not_specialize=SPREAD)
 def _spread_kernel(
     inverse_ptr, buffer_ptr, books_ptr, moments_ptr, first_row, heads, span_tokens, runs, balance_offset, resolution,
@@ -74,7 +82,7 @@ def _spread_kernel(
     variance = (variance + _variance(moments_ptr, row, runs, span_tokens, resolution, partner, D)) * 0.5
     spread = tl.sqrt(variance)
     if ROOT:
-        spread = tl.sqrt(spread)
+        spread = tl.maximum(tl.sqrt(spread * _median(spread, D)), spread * 0.5)
     spread = rounded_to_bf16(spread.to(tl.float32))
     spread = tl.where(spread > smallest, spread, 1.0)
     tl.store(inverse_ptr + row * D + channel, tl.div_rn(tl.full((D,), 1.0, tl.float32), spread))
@@ -110,6 +118,6 @@ def write_spread(
     _spread_kernel[(len(group),)](
         inverse, buffer, books, moments, group.start, tokens.heads, tokens.span_tokens, runs,
         layouts[0].plane("balance").offset, spread_resolution(tokens.base.dtype), torch.finfo(torch.bfloat16).tiny,
-        pairings, split, D=dim, ROOT=layouts[0].codec.balance_rule is BalanceRule.ROOT, num_warps=1,
+        pairings, split, D=dim, ROOT=layouts[0].codec.balance_rule is BalanceRule.ROOT, num_warps=4,
     )  # fmt: skip
     return inverse

@@ -80,7 +80,7 @@ def encode_span(
     if tokens < 1 or len(x) % tokens:
         raise ArgumentError(f"tokens_per_frame: expected a divisor of the {len(x)} tokens of x, got {tokens_per_frame}")
     layout = PartLayout(
-        codec=codec, tokens=tokens, heads=x.shape[1], head_dim=x.shape[2], dtype=x.dtype,
+        codec=codec.fitted(x.shape[2]), tokens=tokens, heads=x.shape[1], head_dim=x.shape[2], dtype=x.dtype,
         num_centroids=codec.centroids_for(len(x)), split_pairs=split_pairs and not codec.is_dense, pairing=pairing,
     )  # fmt: skip
     frames = len(x) // tokens

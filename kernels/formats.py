@@ -80,8 +80,9 @@ class BalanceRule(Enum):
     SPREAD = "spread"
     """The spread itself: all channels end alike, and with them the errors relative to a channel's size."""
     ROOT = "root"
-    """Its square root: large channels shrink but still get the smaller relative errors, so that a key's small channels,
-    which move few scores, do not cost the large ones their precision."""
+    """Its square root, times that of the head's median spread, but never less than half the spread: large channels
+    shrink and still get the smaller relative errors, so that a key's small channels, which move few scores, do not cost
+    the large ones their precision; outliers of any size end at twice the median."""
 
 
 class CentroidType(Enum):
@@ -98,7 +99,7 @@ class Codec:
 
     Attributes:
         grid: levels of the residual.
-        block_size: consecutive channels that share a scale (B in the paper).
+        block_size: consecutive channels that share a scale (B in the paper); the whole head if it has fewer.
         stages: progressive smoothing stages (S in the paper); 0 quantises the tensor itself.
         num_centroids: centroids per stage and head, or None for what `tokens_per_centroid` says.
         tokens_per_centroid: one centroid for so many tokens of a span, 256 at most, so that the codebook costs as much
@@ -141,6 +142,10 @@ class Codec:
     def is_dense(self) -> bool:
         """Whether tokens are kept unquantised."""
         return self.grid is Grid.DENSE
+
+    def fitted(self, head_dim: int) -> "Codec":
+        """The same codec with blocks no longer than a head."""
+        return replace(self, block_size=head_dim) if 4 <= head_dim < self.block_size else self
 
     def centroids_for(self, span_tokens: int) -> int:
         """Centroids per stage and head for a span of `span_tokens` tokens (0 without stages)."""
@@ -190,6 +195,17 @@ def _both(name: str, codec: Codec) -> PageFormat:
     return PageFormat(name=name, key=codec, value=codec)
 
 
+def _value(grid: Grid, tokens_per_centroid: int) -> Codec:
+    return Codec(
+        grid=grid, block_size=128, tokens_per_centroid=tokens_per_centroid,
+        scale_rule=ScaleRule.SEARCH, centroid_type=CentroidType.FP8,
+    )  # fmt: skip
+
+
+def _key(grid: Grid, tokens_per_centroid: int) -> Codec:
+    return replace(_value(grid, tokens_per_centroid), balanced=True, balance_rule=BalanceRule.ROOT)
+
+
 DENSE = _both("dense", DENSE_CODEC)
 FORMATS: dict[str, PageFormat] = {
     fmt.name: fmt
@@ -199,9 +215,13 @@ FORMATS: dict[str, PageFormat] = {
         _both("qvg-pro-int2", QVG_PRO),
         _both("qvg-int4", replace(QVG, grid=Grid.INT4)),
         _both("qvg4-int2", replace(QVG, grid=Grid.QUATERNARY, balanced=True, scale_rule=ScaleRule.SEARCH)),
+        PageFormat(name="best-2bit", key=_key(Grid.QUATERNARY, 24), value=_value(Grid.QUATERNARY, 96)),
+        PageFormat(name="balanced", key=_key(Grid.INT4, 64), value=_value(Grid.QUATERNARY, 48)),
+        PageFormat(name="near-lossless", key=_key(Grid.INT4, 32), value=_value(Grid.INT4, 32)),
     )
 }
-"""The known formats by name."""
+"""The known formats by name. The last three are the presets that docs/quality.md justifies: at most 2.35, 3.3 and 4.4
+bits per number with 128 channels a head, everything counted, whatever the span."""
 
 
 def get_format(fmt: "str | PageFormat") -> PageFormat:

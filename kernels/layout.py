@@ -262,7 +262,7 @@ class PageLayout:
 
         def part(codec: Codec, split: bool, pairing: RoPELayout | None) -> PartLayout:
             return PartLayout(
-                codec=codec, tokens=tokens, heads=heads, head_dim=head_dim, dtype=dtype,
+                codec=codec.fitted(head_dim), tokens=tokens, heads=heads, head_dim=head_dim, dtype=dtype,
                 num_centroids=codec.centroids_for(span_tokens), split_pairs=split and not codec.is_dense,
                 pairing=pairing,
             )  # fmt: skip

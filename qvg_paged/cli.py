@@ -141,6 +141,12 @@ def evaluate(
     centroids: Annotated[int | None, typer.Option(help="Per span and head (default: the library's rule).")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="plain or outliers; repeatable (default: both).")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Run this row; repeatable (default: all).")] = None,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="Bits against quality: published codecs, candidates, presets.")
+    ] = False,
+    also: Annotated[list[Path] | None, typer.Option(help="Another world model, with --frontier; repeatable.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, with --frontier.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Begin no batch after so long, with --frontier.")] = 3600.0,
     memory: Annotated[str, typer.Option(help="Budget of the manager under test.")] = "6GiB",
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Names the noise.")] = 0,
@@ -150,9 +156,24 @@ def evaluate(
 ) -> None:
     """Every format in closed loop against the unquantised cache and against truth, controls included.
 
-    24 worlds are meant for a GPU; on a CPU try --worlds 2 --given 12 --variant plain --memory 512MiB.
+    24 worlds are meant for a GPU; on a CPU try --worlds 2 --given 12 --variant plain --memory 512MiB. With --frontier
+    the paths are of three kinds, variants are plain, 9x, 13x and 150x, rows and sets of rows those of
+    benchmarks/quality/rows.py, and 96 worlds are meant for a GPU.
     """
     console = make_console()
+    if frontier:
+        with _errors():
+            model = _benchmark("demo").DemoOptions(device=device, weights=weights)
+            options = _benchmark("quality.frontier").FrontierOptions(
+                weights=(model.weights_path, *(also or ())), device=model.torch_device.type, paths=worlds, given=given,
+                steps=steps, span_frames=span_frames, jobs=jobs, seconds=seconds,
+                **({"variants": tuple(variant)} if variant else {}), **({"rows": tuple(only)} if only else {}),
+            )  # fmt: skip
+            _benchmark("quality.report").run(
+                options, [out / "result.json", *([json_file] if json_file else [])], out / "plot.png",
+                lambda line: console.print(line, markup=False, soft_wrap=True),
+            )  # fmt: skip
+        return
     with _errors():
         module, files, demo_module = (_benchmark(name) for name in ("evaluation", "results_file", "demo"))
         defaults = demo_module.DemoOptions(device=device, weights=weights)

@@ -311,9 +311,6 @@ def _leaves_floors(books: Books, entry: Entry) -> bool:
 
 def _is_backed(books: Books, entry: Entry) -> bool:
     """Whether the host has room for the stream at its worst, beside all that may be parked already."""
-    parking = books.rules.parking
-    if parking is None:
-        return False
     if entry.state is StreamState.PARKED:
         return True
     claimed = sum(
@@ -322,7 +319,7 @@ def _is_backed(books: Books, entry: Entry) -> bool:
         for other in group.values()
         if other.backed
     )
-    return claimed + entry.worst_nbytes <= parking.host_nbytes
+    return claimed + entry.worst_nbytes <= (books.rules.parking.host_nbytes if books.rules.parking else 0)
 
 
 def _is_safe(books: Books, entry: Entry) -> bool:

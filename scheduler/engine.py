@@ -49,15 +49,12 @@ class Streams:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._opened: set[str] = set()
 
     def carry_out(self, plan: Plan, requests: Mapping[str, StreamRequest]) -> dict[str, str]:
         """See `TieredCache.carry_out`."""
         engine, failed = self._engine, dict[str, str]()
         for decision in plan.finished:
-            if decision.stream_id in self._opened:
-                self._opened.remove(decision.stream_id)
-                self._attempt({}, decision.stream_id, engine.close)
+            self._attempt({}, decision.stream_id, engine.close)
         for decision in (*plan.demoted, *plan.shrunk):
             self._attempt(failed, decision.stream_id, partial(engine.squeeze, squeeze=decision.squeeze))
         for decision in plan.parked:
@@ -65,7 +62,6 @@ class Streams:
         for decision in plan.resumed:
             self._attempt(failed, decision.stream_id, engine.resume)
         for decision in plan.admitted:
-            self._opened.add(decision.stream_id)
             self._attempt(failed, decision.stream_id, lambda name: engine.open(requests[name]))
         return failed
 

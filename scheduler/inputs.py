@@ -87,6 +87,8 @@ def apply(rules: Rules, state: State, event: Input) -> Decision | None:
                 _cancel(state, entry.id)
         case Report():
             _report(rules, state, event.plan, event.outcome)
+        case _:
+            raise ArgumentError(f"event: expected an input of a scheduler, got {shown(event)}")
     return None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from qvg_paged.scheduler.inputs import Cancel, Drain, Input, LimitPool, Report, SetTenant, Shutdown, Submit
+from qvg_paged.scheduler.inputs import Cancel, Drain, Input, LimitPool, SetTenant, Shutdown, Submit
 from qvg_paged.scheduler.plan import Decision, Plan
 from qvg_paged.scheduler.state import State
 
@@ -63,9 +63,9 @@ def describe_input(event: Input, decision: Decision | None) -> dict[str, Any]:
             record = {"kind": "drain"}
         case Shutdown():
             record = {"kind": "shutdown"}
-        case Report(plan, outcome):
-            committed, failed = dict(outcome.committed), dict(outcome.failed)
-            record = {"kind": "report", "step": plan.step, "committed": committed, "failed": failed}
+        case _:
+            committed, failed = dict(event.outcome.committed), dict(event.outcome.failed)
+            record = {"kind": "report", "step": event.plan.step, "committed": committed, "failed": failed}
     return record if decision is None else {**record, "reason": decision.reason.value}
 
 

@@ -140,14 +140,11 @@ class SchedulerMetrics(Collector):
 
     def _report(self, plan: Plan, committed: dict[str, int], state: State) -> None:
         self._late_signals.inc(sum(stream_id not in self._watched for stream_id in committed))
-        for decision in plan.running:
-            if committed.get(decision.stream_id):
-                self._reported[decision.stream_id] = committed[decision.stream_id]
-                continue
-            self._failed_chunks.inc()
-            entry = state.find(decision.stream_id)
-            if entry is not None:
-                self._wasted_pages += entry.need.dense_pages + entry.need.quantised_pages
+        self._reported = {d.stream_id: frames for d in plan.running if (frames := committed.get(d.stream_id, 0))}
+        lost = [state.find(d.stream_id) for d in plan.running if d.stream_id not in self._reported]
+        self._failed_chunks.inc(len(lost))
+        needs = [entry.need for entry in lost if entry is not None]
+        self._wasted_pages = sum(n.dense_pages + n.quantised_pages + n.demoted_pages for n in needs)
 
     def planned(self, plan: Plan, state: State, seconds: float) -> None:
         """A plan of the scheduler."""
@@ -161,8 +158,7 @@ class SchedulerMetrics(Collector):
             entry = state.find(stream_id)
             if stream_id in self._watched and entry is not None:
                 self._chunk(self._watched[stream_id], now, frames, entry.committed - frames)
-        self._wasted_pages, self._planned_at, self._plan = 0, now, plan
-        self._reported.clear()
+        self._wasted_pages, self._planned_at, self._plan, self._reported = 0, now, plan, {}
         self._note_moves(plan, now)
         faults = self._scheduler.policy_faults
         if faults > self._faults:

@@ -1,5 +1,6 @@
 """Policies: who is next, and who makes room. They see snapshots and return ids, and the core checks every answer."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate, repeat
 from math import inf
@@ -77,6 +78,10 @@ class Priority:
         return [other.id for other in sorted(found, key=lambda s: (s.priority, -s.arrival))]
 
 
+CALM = 4.0
+"""Quanta that count as one where a tenant is being caught up with."""
+
+
 class FairShare:
     """Every tenant gets service in proportion to its weight, whatever the number and size of its streams.
 
@@ -89,29 +94,39 @@ class FairShare:
             the number of streams that run together, in chunks of the dearest kind.
     """
 
-    def __init__(self, quantum: float = 2.0) -> None:
+    def __init__(self, quantum: float = 0.5) -> None:
         check_number("quantum", quantum, 0, 1e9, "a number from 0 to 1e9")
         self.quantum = quantum
 
     def rank(self, view: SystemView) -> Sequence[str]:
-        """By the virtual time at which each stream's turn comes if every stream before it takes one chunk."""
+        """By the virtual time at which each stream's turn comes, if all before it and those that run take one chunk."""
         step = view.dearest_chunk or 1.0
+        running = Counter(stream.tenant for stream in view.running)
         turns: list[float] = []
         ids: list[str] = []
         for name, line in view.lines.items():
-            start, width = view.tenants[name].virtual_time, step / view.tenants[name].weight
+            width = step / view.tenants[name].weight
+            start = view.tenants[name].virtual_time + width * running.get(name, 0)
             turns += accumulate(repeat(width, len(line) - 1), initial=start)
             ids += line
         return list(map(ids.__getitem__, sorted(range(len(ids)), key=turns.__getitem__)))
 
     def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
-        """Streams of tenants that are ahead, the furthest first and of its streams the latest."""
+        """Streams of tenants that are ahead, the furthest first and of its streams the latest.
+
+        A tenant with no more streams running, by weight, than the one that waits is being caught up with anyway: it
+        makes way only if it is much further ahead.
+        """
         tenants = view.tenants
-        due = -inf
+        due = dict.fromkeys(tenants, -inf)
         if stream is not None:
             owner = tenants[stream.tenant]
-            due = owner.virtual_time + self.quantum * view.dearest_chunk / owner.weight
-        found = [s for s in view.running if s.id in view.parkable and tenants[s.tenant].virtual_time > due]
+            running = Counter(s.tenant for s in view.running)
+            mine, step = running[stream.tenant] / owner.weight, self.quantum * view.dearest_chunk / owner.weight
+            for name, tenant in tenants.items():
+                more = running[name] / tenant.weight > mine
+                due[name] = owner.virtual_time + (step if more else CALM * step)
+        found = [s for s in view.running if s.id in view.parkable and tenants[s.tenant].virtual_time > due[s.tenant]]
         return [s.id for s in sorted(found, key=lambda s: (-tenants[s.tenant].virtual_time, -s.arrival))]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from qvg_paged.ladder import Relief, Squeeze
+from qvg_paged.scheduler.backend import LadderBackend
 from qvg_paged.scheduler.state import Entry
 from qvg_paged.timeline import Demand
 
@@ -35,34 +36,33 @@ def relieve(books: "Books", order: Sequence[Entry], enough: Callable[[Demand, in
         order: running streams.
         enough: says so of what would be promised to all running streams, and of the bytes that were saved.
     """
-    if books.rules.ladder is None:
+    ladder = books.rules.ladder
+    if ladder is None:
         return False
     demand, saved = books.demand, 0
     for entry in order:
         lowest = entry
         for relief in Relief:
-            lowest = _after(books, lowest, relief) or lowest
+            lowest = _after(books, ladder, lowest, relief) or lowest
         demand, saved = demand - entry.need + lowest.need, saved + entry.need_nbytes - lowest.need_nbytes
     if not saved or not enough(demand, saved):
         return False
-    saved = 0
+    done, saved = False, 0
     for relief in Relief:
         for entry in order:
             old = books.state.running[entry.id]
-            new = _after(books, old, relief)
-            if new is None:
-                continue
-            books.lower(new, relief)
-            saved += old.need_nbytes - new.need_nbytes
-            if enough(books.demand, saved):
-                return True
-    raise AssertionError("what was enough before is not any more")
+            new = None if done else _after(books, ladder, old, relief)
+            if new is not None:
+                books.lower(new, relief)
+                saved += old.need_nbytes - new.need_nbytes
+                done = enough(books.demand, saved)
+    return done
 
 
-def _after(books: "Books", entry: Entry, relief: Relief) -> Entry | None:
+def _after(books: "Books", ladder: LadderBackend, entry: Entry, relief: Relief) -> Entry | None:
     """The entry once relieved, if it may be and needs less for its next chunk."""
-    ladder, request = books.rules.ladder, entry.request
-    if ladder is None or not entry.backed:
+    request = entry.request
+    if not entry.backed:
         return None
     floor = request.quality.stricter(books.state.tenants[entry.tenant].spec.quality)
     now = entry.squeeze or Squeeze()

@@ -11,8 +11,10 @@ import pytest
 from tiny import WINDOW, grow, make_cache
 
 from qvg_paged import ArgumentError, KVCacheManager, OutOfMemoryError, StateError, Window
+from qvg_paged.ladder import Squeeze
 from qvg_paged.scheduler import (
     AsyncScheduler,
+    Decision,
     FairShare,
     Plan,
     Reason,
@@ -25,6 +27,7 @@ from qvg_paged.scheduler import (
     StreamState,
     TieredCache,
 )
+from qvg_paged.scheduler.engine import Streams
 
 
 class Recorder:
@@ -416,6 +419,34 @@ def test_cancelling_at_every_moment_leaves_nothing_behind() -> None:
 
         run(scenario)
     assert cancelled >= 5
+
+
+def test_an_engine_of_ones_own_is_told_of_every_move_and_what_it_raises_fails_that_stream() -> None:
+    calls: list[Any] = []
+
+    class Mover:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            def call(*what: Any, **named: Any) -> None:
+                calls.append((name, *what, *named.values()))
+                if what[0] == "broken":
+                    raise ValueError(name)
+
+            return call
+
+    def told(*streams: str, **changes: Any) -> tuple[Decision, ...]:
+        return tuple(Decision(stream, Reason.ADVANCE, "", **changes) for stream in streams)
+
+    plan = Plan(
+        step=1, finished=told("done", "broken"), demoted=told("d", squeeze=Squeeze()), shrunk=told("broken"),
+        parked=told("p", "broken"), resumed=told("r"), admitted=told("a"),
+    )  # fmt: skip
+    wanted = request("a")
+    failed = Streams(Mover()).carry_out(plan, {"a": wanted})
+    assert failed == {"broken": "ValueError: park"}
+    assert calls == [
+        ("close", "done"), ("close", "broken"), ("squeeze", "d", Squeeze()), ("squeeze", "broken", None),
+        ("park", "p"), ("park", "broken"), ("resume", "r"), ("open", wanted),
+    ]  # fmt: skip
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -119,7 +119,7 @@ def test_default_centroids_are_a_sixteenth_of_the_span_at_most(span: int, expect
         lambda: Codec(grid=Grid.TERNARY, num_centroids=257),
         lambda: Codec(grid=Grid.TERNARY, iterations=-1),
         lambda: get_format("qvg-int3"),
-        lambda: build("qvg-int2", block_size=256),
+        lambda: build("qvg-int2", head_dim=96),
         lambda: build("qvg-int2", tokens=0),
         lambda: build("dense").key.plane("codes"),
     ],

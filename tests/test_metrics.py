@@ -242,6 +242,35 @@ def test_fairness_is_measured_over_a_minute_among_tenants_in_line(dense: KVCache
     assert series["kvp_service_gap_ratio"] == 6.0, "six chunks, in chunks"
 
 
+def test_squeezes_parks_and_resumes_are_counted_by_kind() -> None:
+    from test_tiers import WIDE, Engine, small_manager  # noqa: PLC0415 - an engine over the real tiers
+
+    engine = Engine(small_manager(1.3, window=WIDE, frames=36))
+    metrics = SchedulerMetrics(engine.scheduler)
+    for index in range(6):
+        engine.submit(f"s{index}", frames=36, window=WIDE)
+    for _ in engine.run():
+        pass
+    series = scrape(metrics, CacheCollector(engine.manager))
+    squeezes, parks = under(series, "kvp_squeezes_total"), under(series, "kvp_preemptions_total")
+    assert squeezes == {"kind=demoted": engine.seen["demoted"], "kind=shrunk": engine.seen["shrunk"]}
+    assert min(squeezes.values()) > 0
+    assert sum(parks.values()) == engine.seen["parked"] > 0
+    assert series["kvp_resumes_total"] == engine.seen["resumed"]
+    assert series["kvp_demoted_frames_total"] > 0
+    assert series["kvp_parked_bytes{tier=host}"] == 0
+
+
+def test_the_books_of_a_scrape_add_up_after_memory_was_given_back() -> None:
+    cache = make_cache()
+    collector = CacheCollector(cache)
+    before = scrape(collector)["kvp_capacity_bytes"]
+    got = cache.shrink(256 << 10)
+    series = scrape(collector)
+    assert series["kvp_capacity_bytes"] == before - got
+    assert sum(under(series, "kvp_pool_bytes").values()) == series["kvp_capacity_bytes"]
+
+
 class Broken:
     """A policy that is wrong, and an observer that raises."""
 

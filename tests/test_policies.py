@@ -93,10 +93,14 @@ def test_fair_share_takes_turns_by_virtual_time_and_makes_way_only_beyond_its_qu
         running("ahead", 5, tenant="c"), running("further", 6, tenant="d"), running("even", 7, tenant="b"),
         a=0.0, b=0.5, c=2.5, d=4.0,
     )  # fmt: skip
-    assert policy.rank(moment) == ["a1", "b1", "a2", "c1"]
+    assert policy.rank(moment) == ["a1", "a2", "b1", "c1"], "b and c run one each already"
     assert policy.park(moment, moment.waiting[0]) == ["further", "ahead"]
-    assert policy.park(moment, moment.waiting[2]) == ["further"], "c leads b by exactly the quantum"
+    assert policy.park(moment, moment.waiting[2]) == [], "d runs no more than b does"
     assert policy.park(moment, None) == ["further", "ahead", "even"]
+    more = view(*moment.waiting, *moment.running, running("second", 8, tenant="d"), a=0.0, b=0.5, c=2.5, d=2.6)
+    assert policy.park(more, more.waiting[2]) == ["second", "further"], "it does now"
+    far = view(*moment.waiting, *moment.running, a=0.0, b=0.5, c=2.5, d=8.6)
+    assert policy.park(far, far.waiting[2]) == ["further"], "or is four times as far ahead"
 
 
 def test_the_earliest_deadline_is_that_of_the_viewer_who_runs_out_first() -> None:
@@ -114,6 +118,8 @@ def test_the_earliest_deadline_is_that_of_the_viewer_who_runs_out_first() -> Non
     assert policy.rank(moment) == ["behind", "fresh", "unseen"]
     assert policy.park(moment, behind) == ["free", "rich"]
     assert policy.park(moment, None) == ["free", "rich", "poor"]
+    patient = view(stream("patient", 7, since=-50.0), rich)
+    assert policy.park(patient, patient.waiting[0]) == ["rich"], "due now, and rich has thirty seconds in hand"
     waited = view(fresh, stream("patient", 7, since=-60.0))
     assert policy.rank(waited) == ["patient", "fresh"], "a stream without a viewer is due after its patience"
 

@@ -124,6 +124,22 @@ def test_a_request_that_needs_memory_on_its_way_back_orders_itself_behind_the_fe
     assert fence.waited == 1
 
 
+def test_a_pool_is_cut_and_made_longer_and_what_lies_in_it_stays() -> None:
+    pool = make_pool()
+    (slot,) = pool.allocate(1024, 1, "t")
+    pool.bytes_of(slot).fill_(7)
+    for slabs in (2, 5):
+        pool.resize(slabs)
+        assert (pool.num_slabs, pool.geometry.num_slabs, pool.buffer.numel()) == (slabs, slabs, slabs * 2048)
+        assert pool.bytes_of(slot).eq(7).all()
+        pool.check_integrity()
+    assert pool.buffer[2 * 2048 :].eq(0xFF).all(), "new memory reads as returned memory does"
+    assert len(pool.allocate(1024, 9, "t")) == 9
+    with pytest.raises(OutOfMemoryError):
+        pool.allocate(1024, 1, "t")
+    pool.check_integrity()
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.integers(2, 40),

@@ -30,6 +30,7 @@ from qvg_paged import (
 from qvg_paged.ladder import Relief, Squeeze, least_retrieval, lowered, squeeze
 from qvg_paged.scheduler import (
     FCFS,
+    Decision,
     FairShare,
     LadderBackend,
     Outcome,
@@ -405,3 +406,42 @@ def test_reliefs_go_down_only_and_stop_at_the_floor() -> None:
     assert least_retrieval(config, tight) == 2
     timeline = squeeze(Timeline(WINDOW, 4), Rung.TAIL, 9, make_model())
     assert timeline.worst_demand(3) != Demand()
+
+
+def test_without_prefetch_a_stream_comes_back_with_its_turn_and_not_before() -> None:
+    manager = small_manager(2.6)
+    engine = Engine(manager, FairShare(quantum=0.5))
+    engine.cache = TieredCache(manager, prefetch=False)
+    for index in range(4):
+        engine.submit(f"s{index}", tenant=f"t{index}", quality=PROUD)
+    for plan in engine.run():
+        for decision in plan.waiting:
+            for stream in engine.cache._branches.get(decision.stream_id, ()):
+                assert stream.parked is None or stream.parked.incoming is None
+    assert engine.seen["parked"] > 0
+    assert len(engine.done) == 4
+
+
+def test_a_stream_that_was_parked_before_it_could_be_demoted_is_demoted_once_it_is_back() -> None:
+    manager = small_manager(2.0)
+    cache = TieredCache(manager)
+    request = StreamRequest("a", "t", FRAMES, WINDOW)
+
+    def told(reason: Reason, **changes: Any) -> tuple[Decision, ...]:
+        return (Decision("a", reason, "", **changes),)
+
+    cache.carry_out(Plan(step=1, admitted=told(Reason.ADMITTED)), {"a": request})
+    (stream,) = cache.streams("a")
+    for start in range(0, 12, 3):
+        with stream.begin_chunk(3) as chunk:
+            write(chunk, list(range(start, start + 3)))
+            chunk.commit()
+    demoted = told(Reason.DEMOTED, squeeze=Squeeze(Rung.TAIL, stream.committed))
+    with inject_fault("demote.reserve", OutOfMemoryError("planted", 1, 0)):
+        cache.carry_out(Plan(step=2, demoted=demoted, parked=told(Reason.PARKED)), {})
+    for plan in (Plan(step=3), Plan(step=4, resumed=told(Reason.RESUMED))):
+        cache.carry_out(plan, {})
+        assert stream.rung is Rung.NONE
+    cache.carry_out(Plan(step=5), {})
+    assert stream.rung is Rung.TAIL
+    manager.check_integrity()

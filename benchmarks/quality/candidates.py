@@ -79,6 +79,10 @@ class Candidate:
         """Whether any switch asks for the queries."""
         return bool(self.query_distance or self.feedback or self.compensate or self.balance == "query")
 
+    def centroids_for(self, tokens: int) -> int:  # noqa: ARG002 - the same whatever the span
+        """As given."""
+        return self.centroids
+
     def with_centroids(self, count: int) -> "Candidate":
         """The same codec with another number of centroids."""
         return replace(self, centroids=count)

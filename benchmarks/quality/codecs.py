@@ -26,9 +26,8 @@ class SpanCodec(Protocol):
         """Whether the second moment of the queries is wanted."""
         ...
 
-    @property
-    def centroids(self) -> int:
-        """Centroids per stage and head; 0 for none."""
+    def centroids_for(self, tokens: int) -> int:
+        """Centroids per stage and head of a span of `tokens` tokens; 0 for none."""
         ...
 
     def with_centroids(self, count: int) -> "SpanCodec":
@@ -52,7 +51,10 @@ class DenseSpan:
     """Nothing happens: 16 bits."""
 
     uses_queries: bool = False
-    centroids: int = 0
+
+    def centroids_for(self, tokens: int) -> int:  # noqa: ARG002 - the protocol's
+        """None."""
+        return 0
 
     def with_centroids(self, count: int) -> SpanCodec:  # noqa: ARG002 - the protocol's
         """Itself."""
@@ -80,10 +82,9 @@ class Library:
     key: bool = True
     uses_queries: bool = False
 
-    @property
-    def centroids(self) -> int:
+    def centroids_for(self, tokens: int) -> int:
         """As the codec says."""
-        return 0 if self.codec.is_dense or not self.codec.stages else self.codec.num_centroids or 0
+        return self.codec.centroids_for(tokens)
 
     def with_centroids(self, count: int) -> SpanCodec:
         """The same codec with another number of centroids."""
@@ -102,7 +103,7 @@ class Library:
         if self.codec.is_dense:
             return 16.0
         layout = PartLayout(
-            codec=self.codec, tokens=tokens, heads=1, head_dim=dim, dtype=torch.bfloat16,
+            codec=self.codec.fitted(dim), tokens=tokens, heads=1, head_dim=dim, dtype=torch.bfloat16,
             num_centroids=self.codec.centroids_for(tokens),
         )  # fmt: skip
         return 8 * (layout.payload_nbytes + layout.codebook_payload_nbytes) / (tokens * dim)
@@ -155,7 +156,10 @@ class RoundToNearest:
     rotated: bool = False
     fp8: bool = False
     uses_queries: bool = False
-    centroids: int = 0
+
+    def centroids_for(self, tokens: int) -> int:  # noqa: ARG002 - the protocol's
+        """None."""
+        return 0
 
     def with_centroids(self, count: int) -> SpanCodec:  # noqa: ARG002 - the protocol's
         """Itself."""

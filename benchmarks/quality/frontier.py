@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from quality.outliers import with_contrast
 from quality.paths import Paths, revisit_paths
 from quality.rows import REAL_GEOMETRIES, Row, rows_named
 
-__all__ = ["VARIANTS", "FrontierOptions", "run"]
+__all__ = ["VARIANTS", "FrontierOptions", "run", "run_all"]
 
 VARIANTS: dict[str, float | None] = {"plain": None, "9x": 9.0, "13x": 13.0, "150x": 150.0}
 """Contrast of the keys' outlier channels; None leaves the model as trained."""
@@ -42,7 +42,9 @@ class FrontierOptions:
         steps: Euler steps per frame.
         span_frames: frames quantised together.
         variants: keys of `VARIANTS`.
-        rows: names of rows, or of sets of rows (`rows.SETS`).
+        rows: names of rows, or of sets of rows (`rows.SETS`), for the model as trained.
+        outlier_rows: the same for the other variants, which run on half of the paths.
+        without: rows to leave out.
         rows_at_once: rows in one batch.
         jobs: processes.
         seconds: no batch is begun after so long.
@@ -56,7 +58,9 @@ class FrontierOptions:
     span_frames: int = 16
     variants: tuple[str, ...] = ("plain",)
     rows: tuple[str, ...] = ("frontier",)
-    rows_at_once: int = 4
+    outlier_rows: tuple[str, ...] = ("outliers",)
+    without: tuple[str, ...] = ()
+    rows_at_once: int = 3
     jobs: int = 1
     seconds: float = 3600.0
 
@@ -127,6 +131,7 @@ def _scores(base: _Base, row: Row, video: Tensor, options: FrontierOptions) -> d
     return {
         "name": row.name,
         "group": row.group,
+        "paths": len(base.paths),
         "bits": row.bits(tokens, history.dim, 2 * options.given),
         "real_bits": {name: row.real_bits(name, tokens) for name in REAL_GEOMETRIES},
         "centroid_tokens": row.tokens_per_centroid(tokens),
@@ -140,24 +145,39 @@ def _tasks(options: FrontierOptions) -> list[_Task]:
     tasks = []
     for weights in options.weights:
         for variant in options.variants:
-            rows = sorted(rows_named(options.rows), key=lambda row: row.batch)
+            mine = _for(options, variant)
+            rows = [row for row in rows_named(mine.rows) if row.name not in mine.without]
+            rows.sort(key=lambda row: row.batch)
             for _, alike in groupby(rows, key=lambda row: row.batch):
                 names = [row.name for row in alike]
                 for first in range(0, len(names), options.rows_at_once):
                     some = tuple(names[first : first + options.rows_at_once])
-                    tasks.append(_Task(options, weights, variant, some, deadline))
+                    tasks.append(_Task(mine, weights, variant, some, deadline))
     return tasks
 
 
+def _for(options: FrontierOptions, variant: str) -> FrontierOptions:
+    """The options of one variant."""
+    if VARIANTS[variant] is None:
+        return options
+    return replace(options, rows=options.outlier_rows, paths=max(1, options.paths // 2))
+
+
 def run(options: FrontierOptions, progress: Callable[[str], None] = print) -> dict[str, Any]:
-    """``{model: {variant: [row, ...]}}``, rows in the order they were asked for."""
+    """``{model: {variant: [row, ...]}}``, rows in the order of `rows.SETS`."""
+    return run_all([options], progress)
+
+
+def run_all(plan: Sequence[FrontierOptions], progress: Callable[[str], None] = print) -> dict[str, Any]:
+    """Several sets of options, one after the other; the first says how many processes work on them all."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for task, scores in _work(_tasks(options), options.jobs):
+    tasks = [task for options in plan for task in _tasks(options)]
+    for task, scores in _work(tasks, plan[0].jobs):
         mine = found.setdefault(task.weights.stem, {}).setdefault(task.variant, [])
         mine.extend(scores)
         for row in scores:
             progress(_line(task, row))
-    order = {row.name: place for place, row in enumerate(rows_named(options.rows))}
+    order = {row.name: place for place, row in enumerate(rows_named(("frontier", "all")))}
     return {
         model: {variant: sorted(rows, key=lambda row: order[row["name"]]) for variant, rows in variants.items()}
         for model, variants in found.items()

@@ -8,6 +8,7 @@ from world_model.evaluate import psnr, ssim
 
 from quality.metrics import gmsd
 from quality.paths import KINDS, Paths
+from quality.rows import SAME_BYTES_WINDOW
 
 __all__ = ["MAX_PSNR", "judge", "per_path", "revisit_psnr"]
 
@@ -24,7 +25,9 @@ def per_path(video: Tensor, other: Tensor) -> Tensor:
 def judge(video: Tensor, dense: Tensor, paths: Paths) -> dict[str, Any]:
     """Onset, short-window, long-horizon and mean figures of `video` ``[paths, frames, 3, height, width]``.
 
-    Under "dense" against the unquantised cache with the same noise, under "truth" against the renderer.
+    Under "dense" against the unquantised cache with the same noise, under "truth" against the renderer, under
+    "revisits" against the renderer where an unquantised window of the same bytes has lost what is shown again;
+    "loss_against_truth" is what the unquantised cache has more.
     """
     result: dict[str, Any] = {}
     for name, other in (("dense", dense), ("truth", paths.frames[:, paths.given :])):
@@ -41,6 +44,10 @@ def judge(video: Tensor, dense: Tensor, paths: Paths) -> dict[str, Any]:
             "curve": [round(x, 3) for x in scores.mean(0).tolist()],
             "paths": [round(x, 3) for x in scores.mean(1).tolist()],
         }
+    unquantised = per_path(dense, paths.frames[:, paths.given :]).mean().item()
+    result["loss_against_truth"] = unquantised - result["truth"]["mean"]
+    revisits = revisit_psnr(video, paths, SAME_BYTES_WINDOW)
+    result["revisits"] = {"mean": revisits.mean().item(), "paths": [round(x, 3) for x in revisits.tolist()]}
     return result
 
 

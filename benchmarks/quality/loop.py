@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from world_model.model import WorldModel, rotate
 from world_model.sampling import noise_levels
 
@@ -19,6 +20,12 @@ from quality.codecs import DenseSpan, SpanCodec
 from quality.paths import Paths
 
 __all__ = ["Cache", "CodedHistory", "decoded", "generate", "prefill"]
+
+
+LAYERS_AT_ONCE = 4
+"""Layers coded together: more cost memory, fewer cost launches."""
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Not cuDNN's, which plans anew for every length of the history."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +109,8 @@ class CodedHistory:
         keys, values = (plane[layer][:, visible].transpose(1, 2) for plane in (self.rotated, self.values))
         asked = self._corrected(layer, q) if self.extra else q
         asked = asked.to(keys.dtype).transpose(1, 2)
-        out = functional.scaled_dot_product_attention(asked, keys, values, scale=self.dim**-0.5)
+        with sdpa_kernel(ATTENTION):
+            out = functional.scaled_dot_product_attention(asked, keys, values, scale=self.dim**-0.5)
         return out.transpose(1, 2)[..., : self.dim].to(q.dtype)
 
     def commit(self) -> None:
@@ -177,9 +185,14 @@ class CodedHistory:
 def decoded(codec: SpanCodec, x: Tensor, moment: Tensor | None) -> Tensor:
     """`x` ``[layers, paths, tokens, heads, dim]`` coded and decoded, every head of every layer by itself."""
     layers, paths, tokens, heads, dim = x.shape
-    flat = x.transpose(2, 3).reshape(layers * paths * heads, tokens, dim)
-    coded = codec.code(flat, moment if codec.uses_queries else None)
-    return coded.to(x.dtype).view(layers, paths, heads, tokens, dim).transpose(2, 3)
+    out = torch.empty_like(x)
+    for first in range(0, layers, LAYERS_AT_ONCE):
+        some = x[first : first + LAYERS_AT_ONCE]
+        rows = slice(first * paths * heads, (first + len(some)) * paths * heads)
+        mine = moment[rows] if codec.uses_queries and moment is not None else None
+        coded = codec.code(some.transpose(2, 3).reshape(-1, tokens, dim), mine)
+        out[first : first + len(some)] = coded.to(x.dtype).view(-1, paths, heads, tokens, dim).transpose(2, 3)
+    return out
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ class Row:
 
     def tokens_per_centroid(self, tokens: int) -> float:
         """Tokens of a span of `tokens` that share a centroid, of the denser codebook of K and V."""
-        most = max(self.cache.key.centroids, self.cache.value.centroids)
+        most = max(self.cache.key.centroids_for(tokens), self.cache.value.centroids_for(tokens))
         return tokens / most if most else float("inf")
 
     def real_bits(self, model: str, tokens: int) -> float:
@@ -54,10 +54,11 @@ class Row:
 
 
 def _at(codec: SpanCodec, tokens: int, span: int, dim: int) -> float:
-    if not codec.centroids:
+    here = codec.centroids_for(tokens)
+    if not here:
         return codec.bits(span, dim)
-    span = min(span, 256 * tokens // codec.centroids)
-    return codec.with_centroids(max(1, round(codec.centroids * span / tokens))).bits(span, dim)
+    span = min(span, 256 * tokens // here)
+    return codec.with_centroids(max(1, here * span // tokens)).bits(span, dim)
 
 
 def both(name: str, codec: SpanCodec, group: str = "candidate", **changes: object) -> Row:
@@ -75,10 +76,19 @@ def pair(name: str, key: SpanCodec, value: SpanCodec, **changes: object) -> Row:
     return Row(name=name, cache=Cache(key=key, value=value, **changes))  # type: ignore[arg-type]
 
 
+SAME_BYTES_WINDOW = 25
+"""Unquantised frames that cost a stream what all 64 frames of the shipped model cost in `best-2bit`, peak bytes."""
+BALANCES = ("knee", "root", "spread")
+PRESETS = ("best-2bit", "balanced", "near-lossless")
 CONTROLS = (
     Row(name="rerun", cache=Cache(), group="control"),
     Row(name="other noise", cache=Cache(noise=92), group="control"),
     Row(name="last 4 frames", cache=Cache(window=4), group="control"),
+    Row(
+        name=f"last {SAME_BYTES_WINDOW} frames (bytes of best-2bit)",
+        cache=Cache(window=SAME_BYTES_WINDOW),
+        group="control",
+    ),
 )
 K = Candidate(balance="pair")
 V = Candidate()
@@ -116,6 +126,40 @@ def baselines() -> list[Row]:
         *(library(f"qvg4-int2 Kc={n}", replace(OURS, num_centroids=n)) for n in (8, 16)),
         both("Budget-PCA (4 components, token-axis asymmetric B128)",
              Candidate(levels="asym2", block=128, axis="token", centroids=0, rank=4, rank_bits=2), "baseline"),
+    ]  # fmt: skip
+
+
+def presets() -> list[Row]:
+    """The library's presets, through its own encoder."""
+    return [library(name, FORMATS[name].key, FORMATS[name].value) for name in PRESETS]
+
+
+def finalists() -> list[Row]:
+    """What the presets were chosen from: the kept changes together."""
+    k = Candidate(balance="knee4", centroid_bits=8, block=128)
+    v = Candidate(balance="none", centroid_bits=8, block=128)
+
+    def ours(name: str, key: int, value: int, **changes: object) -> Row:
+        return pair(
+            f"2 bits, {name}, Kc={key}/{value}",
+            replace(k, centroids=key, **changes),  # type: ignore[arg-type]
+            replace(v, centroids=value),
+        )
+
+    return [
+        ours("knee", 32, 16),
+        pair("K int4, V 2 bits, Kc=16/21", replace(k, levels="int4", centroids=16), replace(v, centroids=21)),
+        pair("K 2 bits, V int4, Kc=21/16", replace(k, centroids=21), replace(v, levels="int4", centroids=16)),
+        pair("4 bits, blocks of 128, Kc=32", *(replace(c, levels="int4", centroids=32) for c in (k, v))),
+        ours("knee", 42, 10),
+        ours("knee", 25, 25),
+        ours("root", 32, 16, balance="root"),
+        ours("spread", 32, 16, balance="pair"),
+        pair("2 bits, knee, V balanced, Kc=32/16", replace(k, centroids=32),
+             replace(v, centroids=16, balance="channel")),
+        ours("knee, query-shaped rounding 2", 32, 16, feedback=2.0),
+        ours("knee", 8, 8),
+        pair("4 bits, blocks of 64, Kc=16", *(replace(c, levels="int4", centroids=16, block=64) for c in (k, v))),
     ]  # fmt: skip
 
 
@@ -196,11 +240,18 @@ def candidates() -> list[Row]:
 
 
 SETS: dict[str, list[Row]] = {
+    "presets": presets(),
     "controls": list(CONTROLS),
     "baselines": baselines(),
+    "finalists": finalists(),
     "candidates": candidates(),
 }
-SETS["frontier"] = [*SETS["controls"], *SETS["baselines"]]
+SETS["outliers"] = [
+    row
+    for row in (*SETS["presets"], *SETS["finalists"], *SETS["baselines"])
+    if row.name in {*PRESETS, "QVG int2 Kc=8", "QVG int2 Kc=16", *(f"2 bits, {b}, Kc=32/16" for b in BALANCES)}
+]
+SETS["frontier"] = [*SETS["presets"], *SETS["finalists"], *SETS["baselines"], *SETS["controls"]]
 SETS["all"] = [*SETS["frontier"], *SETS["candidates"]]
 """Rows that are run together."""
 
