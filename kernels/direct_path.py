@@ -16,6 +16,7 @@ from qvg_paged.kernels.few_queries import (
     block_rows,
     few_queries_attention,
     has_gluon,
+    page_groups,
     reads_few_queries,
     shares,
     tables_nbytes,
@@ -173,7 +174,8 @@ def _few_queries(
     rows = block_rows(longest)
     for fmt in table.groups:
         if reads_few_queries(layouts[fmt], q.dtype):
-            work = shares(table, fmt, layouts[fmt], cu_queries, sequences, group, rows, programs)
+            per_page = page_groups(layouts[fmt].key.tokens)
+            work = shares(table, fmt, layouts[fmt], cu_queries, sequences, group, rows, programs, per_page)
             if work.slots:
                 made[fmt] = _FewQueries(work, tables_nbytes(layouts[fmt], work, rows))
     return made

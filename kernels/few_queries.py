@@ -18,7 +18,7 @@ from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.formats import CentroidType
 from qvg_paged.kernels.layout import TILE_TOKENS, PageLayout, PartLayout
 
-__all__ = ["FEW_ROWS", "Shares", "few_queries_attention", "reads_few_queries", "shares", "tables_nbytes"]
+__all__ = ["FEW_ROWS", "Shares", "few_queries_attention", "page_groups", "reads_few_queries", "shares", "tables_nbytes"]
 
 FEW_ROWS = 64
 """Query rows (queries times the heads that share a KV head) of a sequence up to which this is the faster kernel."""
@@ -90,7 +90,7 @@ def page_groups(tokens: int) -> int:
 
 def shares(
     table: BlockTable, fmt: int, layout: PageLayout, cu_queries: tuple[int, ...], sequences: range, group: int,
-    rows: int, programs: int,
+    rows: int, programs: int, per_page: int,
 ) -> Shares:  # fmt: skip
     """Cut the keys of `sequences` in format `fmt` into shares for about `programs` programs.
 
@@ -103,10 +103,11 @@ def shares(
         group: query heads of a KV head.
         rows: rows of a block of queries.
         programs: programs that run at the same time.
+        per_page: groups of tokens in a page, the unit in which keys are cut.
     """
 
     def build() -> Shares:
-        per_page, heads = page_groups(layout.key.tokens), layout.key.heads
+        heads = layout.key.heads
         blocks = {b: math.ceil((cu_queries[b + 1] - cu_queries[b]) * group / rows) for b in sequences}
         runs = {b: list(_runs(table, fmt, b)) for b in sequences}
         lengths = [count * per_page for b in sequences for _, _, count in runs[b] for _ in range(blocks[b] * heads)]
@@ -135,7 +136,7 @@ def shares(
 
         return Shares(upload(items), upload(tables), max(slots, default=0), len(set(slots)) > 1)
 
-    return remembered(table, ("shares", fmt, cu_queries, sequences, group, rows, programs), build)
+    return remembered(table, ("shares", fmt, cu_queries, sequences, group, rows, programs, per_page), build)
 
 
 def _share_length(lengths: list[int], programs: int) -> int:

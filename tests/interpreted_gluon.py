@@ -3,7 +3,6 @@
 What it shows is that the algorithm is right. Which register holds what is the compiler's and the GPU tests' affair.
 """
 
-import struct
 import sys
 import types
 from pathlib import Path
@@ -13,6 +12,10 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+
+NUMPY = {
+    tl.uint8: np.uint8, tl.int32: np.int32, tl.bfloat16: np.uint16, tl.float16: np.float16, tl.float32: np.float32,
+}  # fmt: skip
 
 
 class _Layout:
@@ -24,11 +27,40 @@ class _Layout:
     def __getattr__(self, name: str) -> "_Layout":
         return _Layout()
 
+    @staticmethod
+    def get_default_for(*_: object) -> "_Layout":
+        return _Layout()
+
+
+class _Shared:
+    """A buffer in shared memory; what was never stored is not a number."""
+
+    def __init__(self, value: Any = None, count: int = 1) -> None:
+        self.slots = [value] * count
+        self.parts: dict[int, _Shared] = {}
+        self.turned = False
+
+    def index(self, i: Any) -> "_Shared":
+        return self.parts.setdefault(_plain(i.handle.data[0] if hasattr(i, "handle") else i), _Shared())
+
+    def store(self, value: Any) -> None:
+        self.slots = [value]
+
+    def permute(self, _: tuple[int, ...]) -> "_Shared":
+        turned = _Shared(self.slots[0])
+        turned.turned = True
+        return turned
+
+    def value(self) -> Any:
+        assert self.slots[0] is not None, "shared memory was read before it was written"
+        return tl.trans(self.slots[0]) if self.turned else self.slots[0]
+
 
 class _Language:
     """`gl` on top of `tl`: looked up late, since the interpreter replaces what is in `tl` while a kernel runs."""
 
-    DistributedLinearLayout = NVMMADistributedLayout = DotOperandLayout = SliceLayout = _Layout
+    BlockedLayout = DistributedLinearLayout = NVMMADistributedLayout = NVMMASharedLayout = _Layout
+    DotOperandLayout = SliceLayout = _Layout
 
     def __getattr__(self, name: str) -> Any:
         return getattr(tl, name)
@@ -41,6 +73,9 @@ class _Language:
 
     def full(self, shape: list[int], value: Any, dtype: Any, _: object = None) -> Any:
         return tl.full([_plain(n) for n in shape], value, dtype)
+
+    def allocate_shared_memory(self, _dtype: Any, _shape: list[int], _: object, value: Any = None) -> _Shared:
+        return _Shared(value)
 
     def convert_layout(self, x: Any, _: object) -> Any:
         return x
@@ -60,19 +95,22 @@ def _plain(value: Any) -> int:
 
 
 def _words(x: Any) -> np.ndarray:
-    return np.ascontiguousarray(x.handle.data).view(np.uint32)
+    data = np.ascontiguousarray(x.handle.data)
+    return data.view(np.uint64 if data.itemsize == 8 else np.uint32)
 
 
 def _typed(words: list[np.ndarray], shape: list[int], dtype: Any) -> Any:
-    stacked = np.stack([w.astype(np.uint32) for w in words], -1)
-    kinds = {tl.uint8: np.uint8, tl.float16: np.float16, tl.int32: np.int32, tl.float32: np.float32}
-    made = np.ascontiguousarray(stacked).view(kinds[dtype]).reshape(shape)
+    word = np.uint16 if dtype == tl.bfloat16 else np.uint32
+    stacked = np.stack([w.astype(word) for w in words], -1)
+    made = np.ascontiguousarray(stacked).view(NUMPY[dtype]).reshape(shape)
     handle = triton.runtime.interpreter.TensorHandle(made, dtype)
     return tl.core.tensor(handle, tl.block_type(dtype, shape))
 
 
 def _emulate(asm: str, words: list[np.ndarray]) -> list[list[np.ndarray]]:
     """Per output tensor, its registers per instance of the assembly."""
+    if "bf16" in asm:
+        return _emulate_bfloat16(asm, words)
     if "e4m3x2" in asm:
         floats = [torch.from_numpy(((words[0] >> 8 * i) & 0xFF).astype(np.uint8)).view(torch.float8_e4m3fn).float()
                   for i in range(4)]  # fmt: skip
@@ -90,18 +128,49 @@ def _emulate(asm: str, words: list[np.ndarray]) -> list[list[np.ndarray]]:
     return [[words[0] >> 8]]
 
 
+def _bf16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _emulate_bfloat16(asm: str, words: list[np.ndarray]) -> list[list[np.ndarray]]:
+    if "fma.rn.bf16x2" in asm:
+        return _levels(asm, *words)
+    single = torch.from_numpy((words[0] & 0xFF).astype(np.uint8)).view(torch.float8_e4m3fn).float().numpy()
+    return [[(single.view(np.uint32) >> 16) * np.uint32(0x10001)]]
+
+
+def _levels(asm: str, codes: np.ndarray, scale: np.ndarray, rows: np.ndarray, shift: np.ndarray) -> list[Any]:
+    step = 2 if "shl.b32 t, t, 1" in asm else 1
+    base = _bf16(np.uint32(int(asm.split("mov.b32 base, ")[1].split(";", maxsplit=1)[0]) & 0xFFFF)[None])
+    rows = rows.view(np.uint16).reshape(*codes.shape, 4)
+    made = []
+    for channel in range(4):
+        level = 128.0 + step * ((codes >> shift >> 8 * channel) & 3).astype(np.float32) + base
+        value = level * _bf16(scale & 0xFFFF) + _bf16(rows[..., channel])
+        made.append([torch.from_numpy(value).bfloat16().view(torch.int16).numpy().view(np.uint16)])
+    return made
+
+
+def _fused(a: Any, b: _Shared, acc: Any, *, use_acc: bool = True, **_: object) -> Any:
+    left = a.value() if isinstance(a, _Shared) else a
+    made = tl.dot(left.to(tl.float32), b.value().to(tl.float32))
+    return acc + made if use_acc else made
+
+
 def _product(a: Any, b: Any, acc: Any) -> Any:
     return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
 
 
 def interpreted(path: Path) -> types.ModuleType:
     """The Gluon module at `path` with its kernels interpreted."""
-    assert struct.calcsize("P") == 8
     tl.core.block_type.layout = _Layout()
     # Line numbers stay: the interpreter reads the source again.
     lines = ["" if line.startswith("from triton.experimental") else line for line in path.read_text().splitlines()]
     module = types.ModuleType("interpreted_" + path.stem)
     module.__dict__.update(gl=_Language(), gluon=types.SimpleNamespace(jit=triton.jit), mma_v2=_product, tl=tl)
+    module.__dict__.update(
+        warpgroup_mma=_fused, warpgroup_mma_wait=lambda _, values: values[0], fence_async_shared=lambda: None
+    )
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
     exec(compile("\n".join(lines), str(path), "exec"), module.__dict__)

@@ -26,7 +26,10 @@ def attend(case: Case, q: torch.Tensor, cu: list[int], programs: int) -> tuple[t
     """Only this kernel and a merge; memory it should not read is not a number."""
     layout, group = case.layouts[0], q.shape[1] // case.layouts[0].key.heads
     rows = few_queries.block_rows(max(b - a for a, b in pairwise(cu)) * group)
-    work = few_queries.shares(case.table, 0, layout, tuple(cu), range(case.table.batch), group, rows, programs)
+    work = few_queries.shares(
+        case.table, 0, layout, tuple(cu), range(case.table.batch), group, rows, programs,
+        few_queries.page_groups(layout.key.tokens),
+    )  # fmt: skip
     tables = torch.full((few_queries.tables_nbytes(layout, work, rows),), 0xFF, dtype=torch.uint8)
     partials = torch.full((work.slots, *q.shape), float("nan"))
     partial_lse = torch.full((work.slots, *q.shape[:2]), float("nan"))
@@ -116,7 +119,7 @@ def test_shares_cover_every_key_of_every_query_once(
         FORMATS["qvg-int2"], num_layers=1, tokens=tokens, heads=2, head_dim=64, dtype=torch.bfloat16, span_tokens=tokens
     )
     per_page = few_queries.page_groups(tokens)
-    work = few_queries.shares(table, 0, layout, tuple(cu), range(len(runs)), group, 8, programs)
+    work = few_queries.shares(table, 0, layout, tuple(cu), range(len(runs)), group, 8, programs, per_page)
     read: dict[tuple[int, int], list[int]] = {}
     used: dict[tuple[int, int], list[int]] = {}
     for number, book, entry, first, count, slot, query, row, live in work.items.tolist():
