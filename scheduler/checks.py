@@ -5,9 +5,10 @@ from typing import Any
 from qvg_paged.checks import check_name, shown
 from qvg_paged.errors import ArgumentError
 
-__all__ = ["MAX_COUNT", "check_integer", "check_kind", "check_name", "check_number", "shown"]
+__all__ = ["MAX_COUNT", "check_integer", "check_kind", "check_name", "check_number", "one_line", "shown"]
 
 MAX_COUNT = 1 << 31
+MAX_TEXT = 500
 
 
 def check_integer(name: str, value: object, least: int, most: int = MAX_COUNT) -> None:
@@ -28,3 +29,8 @@ def check_kind(name: str, value: Any, kind: type) -> None:
     """Raise `ArgumentError` unless `value` is a `kind`."""
     if not isinstance(value, kind):
         raise ArgumentError(f"{name}: expected a {kind.__name__}, got {shown(value)}")
+
+
+def one_line(text: str) -> str:
+    """A text from outside as part of a sentence: at most 500 characters, nothing that could break a line of a log."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[:MAX_TEXT])[:MAX_TEXT]

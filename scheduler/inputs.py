@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from qvg_paged.errors import ArgumentError
-from qvg_paged.scheduler.checks import check_kind, check_name, shown
+from qvg_paged.scheduler.checks import check_kind, check_name, one_line, shown
 from qvg_paged.scheduler.plan import Decision, Outcome, Plan, Reason
 from qvg_paged.scheduler.request import StreamRequest, StreamState
 from qvg_paged.scheduler.state import HISTORY, Entry, Rules, State
@@ -218,7 +218,7 @@ def _report(rules: Rules, state: State, plan: Plan, outcome: Outcome) -> None:
 
 
 def _fail(state: State, entry: Entry, failed: Mapping[str, str]) -> None:
-    text = f"failed at frame {entry.committed} of {entry.request.frames}: {failed[entry.id]}"
+    text = f"failed at frame {entry.committed} of {entry.request.frames}: {one_line(failed[entry.id])}"
     state.end(entry, StreamState.FAILED, Reason.FAILED, text)
 
 

@@ -144,9 +144,12 @@ def test_a_name_may_be_any_text_and_every_line_of_the_log_stays_a_line(cache: KV
     scheduler = Scheduler(cache, log=DecisionLog(lines.append))
     scheduler.submit(StreamRequest(name, name, 3, WINDOW))
     plan = scheduler.step(0.0)
-    scheduler.update(plan, Outcome(failed={name: f"what\n{name}"}))
+    scheduler.update(plan, Outcome(failed={name: f"what\n{name * 1000}"}))
     scheduler.step(1.0)
     assert scheduler.why(name).reason is Reason.FAILED
+    assert scheduler.why(name).text.startswith("failed at frame 0 of 3: what\\n")
+    assert scheduler.why(name).text.isprintable()
+    assert len(scheduler.why(name).text) < 600
     for number, line in enumerate(lines):
         assert line.isascii()
         assert line.isprintable()
