@@ -147,7 +147,11 @@ class TieredCache:
         for decision in plan.resumed:
             self._attempt(failed, decision.stream_id, lambda stream: stream.resume())
         for decision in plan.admitted:
-            self._open(requests[decision.stream_id])
+            self._branches[decision.stream_id] = []
+            try:
+                self._open(requests[decision.stream_id])
+            except QvgPagedError as error:
+                failed[decision.stream_id] = f"{type(error).__name__}: {error}"
         self._make_room(plan)
         return failed
 
@@ -176,15 +180,14 @@ class TieredCache:
 
     def _open(self, request: StreamRequest) -> None:
         names = [request.id, *(f"{request.id}#{branch}" for branch in range(1, request.branches))]
-        self._branches[request.id] = [
-            self.manager.open(name, tenant=request.tenant, window=request.window, floor=request.quality)
-            for name in names
-        ]
+        for name in names:
+            stream = self.manager.open(name, tenant=request.tenant, window=request.window, floor=request.quality)
+            self._branches[request.id].append(stream)
 
     def _make_room(self, plan: Plan) -> None:
         """Move pages together once for all chunks of the plan, then bring the next stream back if there is room."""
-        if self._prefetch:
-            self._cancel_prefetches()
+        for stream in (stream for streams in self._branches.values() for stream in streams):
+            stream.cancel_prefetch()
         total = Demand()
         for decision in plan.running:
             for stream in self._branches[decision.stream_id]:
@@ -197,11 +200,6 @@ class TieredCache:
             return  # whoever begins a chunk last is told so and tries again
         if self._prefetch:
             self._prefetch_next(plan, total)
-
-    def _cancel_prefetches(self) -> None:
-        for streams in self._branches.values():
-            for stream in streams:
-                stream.cancel_prefetch()
 
     def _prefetch_next(self, plan: Plan, promised: Demand) -> None:
         waiting = (self._branches.get(decision.stream_id, ()) for decision in plan.waiting)

@@ -58,9 +58,11 @@ WIDE = Window(recent_frames=4, retrieval_frames=24)
 class Engine:
     """Runs plans on the real store: the content of a frame is a function of its stream and index."""
 
-    def __init__(self, manager: KVCacheManager, policy: Policy | None = None, **config: Any) -> None:
+    def __init__(
+        self, manager: KVCacheManager, policy: Policy | None = None, *, prefetch: bool = True, **config: Any
+    ) -> None:
         self.manager = manager
-        self.cache = TieredCache(manager)
+        self.cache = TieredCache(manager, prefetch=prefetch)
         self.scheduler = Scheduler(self.cache, policy, SchedulerConfig(**config))
         self.requests: dict[str, StreamRequest] = {}
         self.done: dict[str, list[dict[int, bytes]]] = {}
@@ -203,6 +205,34 @@ def test_with_the_ladder_more_streams_run_together() -> None:
         steps[ladder] = sum(1 for _ in engine.run())
         assert len(engine.done) == 8
     assert steps[False] >= 1.3 * steps[True]
+
+
+def test_where_the_host_has_no_room_streams_are_promised_their_worst_case_and_left_alone() -> None:
+    roomy = small_manager(2.6)
+    worst = roomy.demand_nbytes(roomy.demand(WINDOW, FRAMES))
+    engine = Engine(small_manager(2.6, host_memory=int(1.2 * worst)), prefetch=False)
+    for index in range(5):
+        engine.submit(f"s{index}")
+    unbacked = set()
+    for plan in engine.run():
+        engine.scheduler.set_tenant("t", TenantSpec(ceiling_nbytes=int(1.5 * worst) if plan.step == 3 else None))
+        unbacked |= {entry.id for entry in engine.scheduler._state.running.values() if not entry.backed}
+        assert not unbacked & {decision.stream_id for decision in (*plan.demoted, *plan.shrunk, *plan.parked)}
+    assert unbacked
+    assert all(engine.done[name] == [unsqueezed(name)] for name in unbacked)
+
+
+def test_a_stream_that_cannot_be_opened_fails_by_itself() -> None:
+    engine = Engine(small_manager(2.6))
+    engine.manager.open("s1#1", window=WINDOW)
+    for index in range(3):
+        engine.submit(f"s{index}", branches=2)
+    for _ in engine.run():
+        pass
+    assert engine.scheduler.state("s1") is StreamState.FAILED
+    assert "ArgumentError: stream_id: expected an id not in use" in engine.scheduler.why("s1").text
+    assert set(engine.done) == {"s0", "s2"}
+    assert list(engine.manager.streams) == ["s1#1"]
 
 
 def test_floors_of_requests_and_tenants_decide_who_is_squeezed() -> None:
