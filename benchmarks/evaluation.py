@@ -47,6 +47,7 @@ class EvalOptions:
         variants: "plain" and "outliers" (keys with outlier channels; the same function).
         only: names of rows to run; empty for all.
         memory: budget of the manager under test.
+        path: how attention reads pages, in rows that do not say so themselves.
     """
 
     weights: Path
@@ -62,6 +63,7 @@ class EvalOptions:
     variants: tuple[str, ...] = ("plain", "outliers")
     only: tuple[str, ...] = ()
     memory: str = "6GiB"
+    path: AttentionPath = AttentionPath.AUTO
 
 
 def bits_per_element(layout: PageLayout, span_frames: int) -> float:
@@ -99,7 +101,7 @@ class _Bench:
             format=fmt,
             span_frames=span_frames or options.span_frames,
             device=options.device,
-            path=path or AttentionPath.AUTO,
+            path=path or options.path,
         )
 
     def videos(self, row: Row, span_frames: int | None = None) -> Tensor:

@@ -117,7 +117,7 @@ def _choose(
 ) -> AttentionPath:
     if path is AttentionPath.DIRECT and q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ArgumentError(f"path: expected staged, reference or auto for tensors on {q.device}, got direct")
-    fp8 = has_fp8_attention(q.device) and q.dtype is not torch.float32
+    fp8 = has_fp8_attention(q.device)
     if path is AttentionPath.STAGED_FP8 and not fp8:
         return AttentionPath.STAGED
     if path is not AttentionPath.AUTO:

@@ -38,7 +38,7 @@ class AttentionPath(Enum):
     STAGED_FP8 = "staged-fp8"
     """As `STAGED`, quantised pages decoded to and attended in E4M3; unquantised pages keep their dtype.
 
-    For 16-bit queries on devices of compute capability 9.0 and above; elsewhere it is `STAGED`."""
+    Fast on devices of compute capability 9.0 and above; `STAGED` on older ones. A CPU repeats its roundings, slowly."""
     DIRECT = "direct"
     """A Triton kernel reads the pages, split over keys; CUDA, or Triton's interpreter."""
     AUTO = "auto"

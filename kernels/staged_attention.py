@@ -98,11 +98,11 @@ def _plan(
 ) -> _Plan:
     part, together = layouts[0].key, _together(q.device)
     page_nbytes, running = decoded_page_nbytes(part, q.dtype), _running_nbytes(q)
-    if together:
+    if together or fp8:
         slot = slot_nbytes(q.shape[0] * q.shape[1], q.shape[2], q.dtype)
         slots = min(SLOTS, nbytes // 4 // slot) if fp8 and slot else 0
         half = max(0, nbytes - running - slots * slot) // 2 // GRANULE * GRANULE
-        room = _room(table, layouts, q.dtype, half, slots > 0)
+        room = _room(table, layouts, q.dtype, half, slots > 0, together)
         if room is not None:
             return _Plan(cohorts(table, cu_queries, rope, room, together), 2 * half, halves=True)
     if nbytes >= page_nbytes:
@@ -123,7 +123,9 @@ def _together(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _room(table: BlockTable, layouts: Sequence[PageLayout], dtype: torch.dtype, half: int, fp8: bool) -> Room | None:
+def _room(
+    table: BlockTable, layouts: Sequence[PageLayout], dtype: torch.dtype, half: int, fp8: bool, ahead: bool
+) -> Room | None:
     """Pages of a slice if decoding runs one ahead, in a half of the scratch; None if a half holds none."""
     part = layouts[0].key
     quantised = [f for f in table.groups if not (layouts[f].key.codec.is_dense or layouts[f].value.codec.is_dense)]
@@ -132,7 +134,7 @@ def _room(table: BlockTable, layouts: Sequence[PageLayout], dtype: torch.dtype, 
     fp8_pages = max(0, half - padding) // decoded_page_nbytes(part, FP8_DTYPE) if formats else 0
     if half < decoded_page_nbytes(part, dtype) or (formats and not fp8_pages):
         return None
-    return Room(half // decoded_page_nbytes(part, dtype), fp8_pages, formats, lead=True)
+    return Room(half // decoded_page_nbytes(part, dtype), fp8_pages, formats, lead=ahead)
 
 
 def _running_nbytes(q: torch.Tensor) -> int:

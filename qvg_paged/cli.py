@@ -30,6 +30,7 @@ from qvg_paged.console import (
     table,
 )
 from qvg_paged.errors import ConfigError, QvgPagedError
+from qvg_paged.kernels.attention import AttentionPath
 from qvg_paged.kernels.formats import FORMATS
 from qvg_paged.machine import describe_formats, describe_machine, describe_paths
 from qvg_paged.stress_command import make_app
@@ -147,6 +148,9 @@ def evaluate(
     also: Annotated[list[Path] | None, typer.Option(help="Another world model, with --frontier; repeatable.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, with --frontier.")] = 1,
     seconds: Annotated[float, typer.Option(help="Begin no batch after so long, with --frontier.")] = 3600.0,
+    path: Annotated[
+        AttentionPath, typer.Option(help="How attention reads pages; not with --frontier.")
+    ] = AttentionPath.AUTO,
     memory: Annotated[str, typer.Option(help="Budget of the manager under test.")] = "6GiB",
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Names the noise.")] = 0,
@@ -179,14 +183,14 @@ def evaluate(
         defaults = demo_module.DemoOptions(device=device, weights=weights)
         options = module.EvalOptions(
             weights=defaults.weights_path, device=defaults.torch_device.type, worlds=worlds, given=given, seed=seed,
-            steps=steps, span_frames=span_frames, num_centroids=centroids, memory=memory, only=tuple(only or ()),
-            **({"variants": tuple(variant)} if variant else {}),
+            steps=steps, span_frames=span_frames, num_centroids=centroids, memory=memory, path=path,
+            only=tuple(only or ()), **({"variants": tuple(variant)} if variant else {}),
         )  # fmt: skip
         results = module.run(options, lambda line: console.print(line, markup=False, soft_wrap=True))
         config = {**vars(options), "weights": options.weights.name}
         content = files.result(device=options.device, config=config, results=results)
-        for path in (out / "result.json", *([json_file] if json_file else [])):
-            files.write(path, content)
+        for file in (out / "result.json", *([json_file] if json_file else [])):
+            files.write(file, content)
         _benchmark("eval_plot").plot(content["results"], out / "plot.png")
     print_evaluation(console, content["results"])
     console.print(f"plot: {out / 'plot.png'}", soft_wrap=True)

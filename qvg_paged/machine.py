@@ -42,14 +42,20 @@ def describe_machine() -> dict[str, Any]:
     return found
 
 
+def _fp8_path() -> str:
+    if not torch.cuda.is_available():
+        return "the same with the roundings of FP8, in PyTorch"
+    fast = has_fp8_attention(torch.device("cuda"))
+    return "the same, quantised pages in FP8" if fast else "not here: needs capability 9.0; staged instead"
+
+
 def describe_paths() -> dict[str, str]:
     """How attention reads pages, and whether that works here."""
     here = torch.cuda.is_available() or _interpreted()
-    fp8 = torch.cuda.is_available() and has_fp8_attention(torch.device("cuda"))
     about = {
         AttentionPath.REFERENCE: "gather in order, one call of PyTorch's attention",
         AttentionPath.STAGED: "decode into bounded scratch, dense attention, merge",
-        AttentionPath.STAGED_FP8: "the same in FP8" if fp8 else "staged instead: needs capability 9.0",
+        AttentionPath.STAGED_FP8: _fp8_path(),
         AttentionPath.DIRECT: "Triton kernel that reads pages" if here else "not here: needs a GPU",
         AttentionPath.AUTO: "picks one of the others by measured times",
     }

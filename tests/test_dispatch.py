@@ -9,7 +9,7 @@ import torch
 from attention_case import build_case
 
 from qvg_paged import CacheConfig
-from qvg_paged.kernels import dispatch
+from qvg_paged.kernels import attention, dispatch
 from qvg_paged.kernels.attention import AttentionPath, paged_attention
 from qvg_paged.kernels.dispatch import DispatchRow, DispatchTable, Workload, cache_file, table_for
 from qvg_paged.kernels.errors import ArgumentError
@@ -86,7 +86,8 @@ def test_a_damaged_table_is_named(damage: str) -> None:
         table_for("x")
 
 
-def test_fp8_is_an_option_that_falls_back_where_it_cannot_run() -> None:
+def test_fp8_is_an_option_that_falls_back_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "has_fp8_attention", lambda _: False)
     assert CacheConfig(memory="1GiB", path="staged-fp8").path is FP8
     assert CacheConfig(memory="1GiB").allow_fp8
     case = build_case([FORMATS["qvg4-int2"]], [[0, 0]], tokens=8)

@@ -1,13 +1,18 @@
 """FP8 attention: twins against float64, kernels against twins (float16 in Triton's interpreter, E4M3 on a GPU)."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from attention_case import LAYER, Case, build_case
 from tolerance import exact_attention
 
-from qvg_paged.kernels import attention, fp8_attention, merge, staged_attention
+from qvg_paged.kernels import fp8_attention, merge, staged_attention
 from qvg_paged.kernels.attention import AttentionPath, attention_workspace_nbytes, paged_attention
 from qvg_paged.kernels.attention_plan import Room, cohorts
 from qvg_paged.kernels.backend import Backend
@@ -113,7 +118,7 @@ def test_a_scratch_holds_what_the_pages_decode_to(fmt: PageFormat) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 3, 30, 300])
 def test_pages_that_leave_bytes_or_tiles_unfilled_are_filled_in(tokens: int) -> None:
-    case = build_case([OURS, FORMATS["qvg-int4"]], [[0, 1, 0]], tokens=tokens, device=DEVICE)
+    case = build_case([OURS, FORMATS["qvg-int4"]], [[0, 1]], tokens=tokens, heads=1, device=DEVICE)
     q = torch.randn(1, 5, 2, 64, device=DEVICE)
     exact, exact_lse = exact_attention(q[0], *case.history(0), 0.125)
     out, lse = run(case, q, torch.float16, Backend.TRITON)
@@ -142,18 +147,17 @@ def test_e4m3_costs_what_its_three_mantissa_bits_explain() -> None:
     assert (lse[0].double() - exact_lse).abs().max() < 0.15
 
 
-def fp8_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path as a GPU runs it, with the twins on a CPU."""
-    monkeypatch.setattr(attention, "has_fp8_attention", lambda _: True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path with the cohorts and slices of a GPU, the twins on a CPU."""
     monkeypatch.setattr(staged_attention, "_together", lambda _: True)
 
 
 @pytest.mark.parametrize("layout", [None, *RoPELayout])
-@pytest.mark.parametrize("pages", [3, 5, 40])
+@pytest.mark.parametrize("pages", [3, 40])
 def test_mixed_pages_of_a_ragged_batch_are_attended(
     monkeypatch: pytest.MonkeyPatch, pages: int, layout: RoPELayout | None
 ) -> None:
-    fp8_everywhere(monkeypatch)
+    as_on_a_gpu(monkeypatch)
     rope = None if layout is None else RoPESpec(head_dim=64, grid=(4, 8), layout=layout)
     formats = [DENSE, OURS, FORMATS["qvg-int4"], DENSE_VALUES]
     sequences = [[1] * 9 + [2, 0], [1, 1, 0], [1, 1, 0], [0, 0], [], [3, 1]]
@@ -177,7 +181,7 @@ def test_mixed_pages_of_a_ragged_batch_are_attended(
 
 @pytest.mark.skipif(CUDA, reason="there the path runs its kernels anyway")
 def test_the_path_holds_together_with_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    fp8_everywhere(monkeypatch)
+    as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(staged_attention, "FP8_DTYPE", KERNEL_DTYPE)
     for module in (fp8_attention, merge):
         monkeypatch.setattr(module, "uses_triton", lambda *_: True)
@@ -195,7 +199,7 @@ def test_the_path_holds_together_with_its_kernels(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_workspace_without_room_for_partial_results_is_used_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    fp8_everywhere(monkeypatch)
+    as_on_a_gpu(monkeypatch)
     case = build_case([OURS], [[0] * 4], tokens=32, dtype=torch.float16, device=DEVICE)
     q = torch.randn(200, 2, 64, device=DEVICE).half()
     workspace = torch.empty(attention_workspace_nbytes(case.layouts, 2, 200, q.dtype), dtype=torch.uint8, device=DEVICE)
@@ -238,3 +242,17 @@ def test_shipped_shapes_fit_every_head() -> None:
         shape = launch_shape(head_dim)
         assert 128 % shape.keys == 0
         assert shape.keys % 16 == 0
+
+
+def test_kernels_compile_for_hopper_and_use_its_matrix_units() -> None:
+    script = Path(__file__).with_name("compile_fp8.py")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
+    if done.returncode == 77:
+        pytest.skip(done.stdout)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    for row in rows:
+        most = 227 << 10 if row["kernel"] == "attention 256" else 113 << 10  # two programs a multiprocessor
+        assert row["shared"] <= most, row
+        assert row["fp8_products"] == row["kernel"].startswith("attention"), row

@@ -11,7 +11,7 @@ LAYERS, HEADS, DIM, GRID, CHUNK, SPAN = 4, 12, 128, (30, 52), 3, 6
 
 
 @pytest.mark.parametrize("fmt", ["qvg4-int2", "qvg-int2", "dense"])
-@pytest.mark.parametrize("path", ["staged", "direct"])
+@pytest.mark.parametrize("path", ["staged", "staged-fp8", "direct"])
 def test_the_allocator_never_sees_more_than_the_budget(fmt: str, path: str) -> None:
     """A Wan-sized chunk loop, spans closing and frames leaving the window, outputs of attention counted as well."""
     tokens = GRID[0] * GRID[1]

@@ -16,8 +16,6 @@ from qvg_paged.metrics import OTHER, CacheCollector, TenantLabels, serve_metrics
 from qvg_paged.scheduler import Outcome, Reason, Scheduler, SchedulerConfig, StreamRequest, SystemView, TenantSpec
 from qvg_paged.scheduler.metrics import SchedulerMetrics
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Series = Mapping[str, float]
 
 
@@ -249,7 +247,7 @@ def test_squeezes_parks_and_resumes_are_counted_by_kind() -> None:
 
     engine = Engine(small_manager(1.3, window=WIDE, frames=36))
     metrics = SchedulerMetrics(engine.scheduler)
-    for index in range(5):
+    for index in range(6):
         engine.submit(f"s{index}", frames=36, window=WIDE)
     for _ in engine.run():
         pass
