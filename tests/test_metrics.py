@@ -11,7 +11,15 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from tiny import SPAN, WINDOW, grow, make_cache, write
 
-from qvg_paged import ArgumentError, IntegrityError, KVCacheManager, NonFiniteError, OutOfMemoryError, Window
+from qvg_paged import (
+    ArgumentError,
+    IntegrityError,
+    KVCacheManager,
+    NonFiniteError,
+    OutOfMemoryError,
+    Window,
+    __version__,
+)
 from qvg_paged.metrics import OTHER, CacheCollector, TenantLabels, serve_metrics
 from qvg_paged.scheduler import Outcome, Reason, Scheduler, SchedulerConfig, StreamRequest, SystemView, TenantSpec
 from qvg_paged.scheduler.metrics import SchedulerMetrics
@@ -90,7 +98,7 @@ def test_pool_bytes_by_state_add_up_to_the_capacity_in_every_phase() -> None:
     assert series["kvp_tenant_pages{tenant=x}"] == sum(counts.values())
     assert series["kvp_stored_bytes"] < series["kvp_stored_unquantised_bytes"]
     assert {"state=dense", "state=qvg4-int2", "state=codebooks", "state=free", "state=partial"} <= seen
-    assert series["kvp_build_info{format=qvg4-int2,version=0.1.0}"] == 1
+    assert series[f"kvp_build_info{{format=qvg4-int2,version={__version__}}}"] == 1
 
 
 def test_counters_of_a_manager_follow_what_happened() -> None:
