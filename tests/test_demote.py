@@ -138,7 +138,7 @@ def test_a_frame_that_was_quantised_early_and_then_demoted_says_so_twice() -> No
     assert bits[0] < 4 < bits[-1] == 32
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_what_a_squeezed_stream_holds_is_what_the_arithmetic_says(data: st.DataObject) -> None:
     window = data.draw(

@@ -378,7 +378,7 @@ def test_the_container_is_a_safetensors_file(tmp_path: Path) -> None:
         assert "a" not in file.metadata()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_damage_to_a_file_is_an_error_and_never_a_stream(data: st.DataObject, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.mktemp("park")

@@ -311,7 +311,7 @@ def test_streams_are_brought_back_before_their_turn() -> None:
     assert len(engine.done) == 4
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 1 << 30))
 def test_any_load_with_any_trouble_ends_well(seed: int, tmp_path_factory: Any) -> None:
     rng = Random(seed)
