@@ -21,6 +21,8 @@ __all__ = ["Budget", "Estimate", "demotion_reserve", "estimate", "least_demand",
 
 STAGING_SHARE = 16
 MAX_DEFAULT_STAGING = 256 << 20
+STAGING_CHANNELS = 12 * 128
+"""KV channels of a token (heads times head_dim) for which `MAX_DEFAULT_STAGING` is meant; wider models get more."""
 OVERHEAD_SHARE = 64
 MIN_OVERHEAD = 512 << 10
 
@@ -123,8 +125,10 @@ class Budget:
         encode = _encode_nbytes(model, config, layouts)
         reserve = demotion_reserve(model, config)
 
+        most = MAX_DEFAULT_STAGING * -(-model.num_kv_heads * model.head_dim // STAGING_CHANNELS)
+
         def attempt(total: int) -> "Budget | None":
-            scratch = align(staging or max(least, min(total // STAGING_SHARE, MAX_DEFAULT_STAGING)), GRANULE)
+            scratch = align(staging or max(least, min(total // STAGING_SHARE, most)), GRANULE)
             overhead = max(MIN_OVERHEAD, total // OVERHEAD_SHARE)
             slabs = _slabs(model, config, layouts, total - scratch - encode - overhead)
             return cls(slabs.nbytes, scratch, encode, overhead, slabs, reserve) if slabs else None

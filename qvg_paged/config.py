@@ -174,7 +174,8 @@ class CacheConfig:
         disk_path: folder for parked streams, of this manager alone.
         disk_memory: bytes of files in it; needs `disk_path`.
         device: where the pool lives.
-        staging: bytes of scratch for decoded history; None for 1/16 of `memory`, at most 256 MiB.
+        staging: bytes of scratch for decoded history and partial results of attention; None for 1/16 of `memory`, at
+            most 256 MiB for every 12 heads of 128 channels (1 GiB for 40).
         path: how attention reads pages.
         allow_fp8: whether ``path="auto"`` may attend to quantised pages in FP8 where that was measured to be faster;
             False keeps the queries' dtype.

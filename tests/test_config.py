@@ -143,3 +143,13 @@ def test_an_estimate_counts_streams_that_fit_and_their_unquantised_like() -> Non
     short = estimate(model, config, window, frames=6)
     assert short.demand.dense_pages == 6
     assert short.streams > estimated.streams
+
+
+def test_default_staging_grows_with_the_width_of_the_model() -> None:
+    def staging(heads: int, memory: str) -> int:
+        model = ModelSpec(num_layers=1, num_kv_heads=heads, head_dim=128, tokens_per_frame=64, frames_per_chunk=1)
+        return Budget.split(model, CacheConfig(memory=memory)).staging
+
+    assert staging(12, "64GiB") == 256 << 20
+    assert staging(40, "64GiB") == 1 << 30
+    assert staging(40, "8GiB") == 512 << 20  # a sixteenth
