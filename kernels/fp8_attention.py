@@ -32,7 +32,7 @@ PROGRAMS = 2
 LEAST_KEYS = 8192
 """Shorter shares cost more in partial results than they gain."""
 MOST_KEYS = 16384
-"""Hopper adds FP8 products to sums of 13 bits: the error grows with the keys of a share, 2 % here."""
+"""The error grows with the keys of a share, as if FP8 products were added to sums of 13 bits; 2 % here."""
 KEY_ALIGNMENT = 128
 """Keys of a scratch are padded to whole tiles."""
 
