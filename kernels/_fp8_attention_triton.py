@@ -80,6 +80,7 @@ def _attention_kernel(
         queries + at[:, None] * HEAD_DIM + channel[None, :], mask=live[:, None], other=0.0
     )  # [M, HEAD_DIM]
     unit = tl.load(query_scales + at, mask=live, other=0.0) * (read_unit(bounds, problem, 0) * scale_log2)
+    unit = tl.maximum(unit, 1e-37)  # times -inf a number, even where queries and keys are all zero
 
     whole = num_keys // N
     begin, end = whole * split // num_splits, whole * (split + 1) // num_splits

@@ -65,7 +65,8 @@ def paged_attention(
     """
     cu_queries = tuple(cu_seqlens_q)
     _check_queries(q, buffer, table, layouts, layer, cu_queries)
-    _check_table(table, layouts, rope, workspace)
+    _check_table(table, layouts, rope, q.device)
+    _check_workspace(workspace, q.device)
     if q.stride(-1) != 1:
         q = q.contiguous()
     scale = layouts[0].key.head_dim ** -0.5 if softmax_scale is None else softmax_scale
@@ -173,9 +174,9 @@ def _check_queries(
         )
 
 
-def _check_table(
-    table: BlockTable, layouts: Sequence[PageLayout], rope: RoPESpec | None, workspace: torch.Tensor | None
-) -> None:
+def _check_table(table: BlockTable, layouts: Sequence[PageLayout], rope: RoPESpec | None, device: torch.device) -> None:
+    if table.device != device:
+        raise ArgumentError(f"table: expected a block table on {device}, where the pool is, got {table.device}")
     part = layouts[0].key
     bad = set(table.formats) - set(range(len(layouts)))
     if bad:
@@ -185,11 +186,16 @@ def _check_table(
             f"rope: expected head_dim {part.head_dim} and {part.tokens} tokens a frame, "
             f"got {rope.head_dim} and {rope.tokens_per_frame}"
         )
+
+
+def _check_workspace(workspace: torch.Tensor | None, device: torch.device) -> None:
     if workspace is None:
         return
     if workspace.dtype is not torch.uint8 or workspace.ndim != 1 or not workspace.is_contiguous():
         raise ArgumentError(
             f"workspace: expected a contiguous 1-D uint8 tensor, got {workspace.dtype} {tuple(workspace.shape)}"
         )
-    if workspace.device != table.device or workspace.data_ptr() % 16:
-        raise ArgumentError(f"workspace: expected 16-byte aligned memory on {table.device}, got {workspace.device}")
+    if workspace.device != device:
+        raise ArgumentError(f"workspace: expected memory on {device}, where the pool is, got {workspace.device}")
+    if workspace.data_ptr() % 16:
+        raise ArgumentError(f"workspace: expected memory aligned to 16 bytes, got address {workspace.data_ptr():#x}")

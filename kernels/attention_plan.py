@@ -190,7 +190,7 @@ def _run(table: BlockTable, fmt: int, rope: RoPESpec | None, rows: torch.Tensor 
         full = rope_tables(table, fmt, rope)
         tables = RoPETables(full.cos_frame[rows], full.sin_frame[rows], full.cos_space, full.sin_space)
         if fp8:
-            assert len(tables.padded) == 4  # made here, where launches are in order
+            _ = tables.padded  # made here, where launches are in order
     return DecodeRun(fmt, group.pages[rows], group.codebooks[rows], tables)
 
 

@@ -60,7 +60,7 @@ class BlockTable:
         formats: index of each entry's layout in the list of page layouts.
         positions: frame position of each entry, used by RoPE on read.
         indptr: sequence b owns entries ``indptr[b]:indptr[b + 1]``.
-        device: where the kernels run.
+        device: where the kernels run; CUDA without an index is the current device.
         cache: what attention derives from the table once and reuses in every layer and step.
     """
 
@@ -71,6 +71,12 @@ class BlockTable:
     indptr: tuple[int, ...]
     device: torch.device
     cache: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        device = torch.device(self.device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        object.__setattr__(self, "device", torch.device("cpu") if device.type == "cpu" else device)
 
     @property
     def batch(self) -> int:

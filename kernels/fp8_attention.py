@@ -24,6 +24,7 @@ __all__ = [
     "launch_shape",
     "num_splits",
     "quantise_queries",
+    "reads",
     "scratch_nbytes",
 ]
 
@@ -44,6 +45,15 @@ class Fp8Shape(NamedTuple):
     keys: int
     num_warps: int
     num_stages: int
+
+
+def reads(layout: PageLayout) -> bool:
+    """Whether pages of `layout` can be decoded to a scratch: K and V are quantised, with codes of as many bits.
+
+    The tokens of a byte become neighbours, and keys have to come in the order of their values.
+    """
+    key, value = layout.key.codec, layout.value.codec
+    return not (key.is_dense or value.is_dense) and key.grid.bits == value.grid.bits
 
 
 def launch_shape(head_dim: int) -> Fp8Shape:

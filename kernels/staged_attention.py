@@ -6,8 +6,10 @@ quantised pages are decoded to and attended in E4M3, unquantised ones in the que
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -37,7 +39,7 @@ def decoded_page_nbytes(part: PartLayout, dtype: torch.dtype) -> int:
 
 def staged_nbytes(part: PartLayout, q_heads: int, max_queries: int, dtype: torch.dtype) -> int:
     """Bytes the staged path needs at least: one decoded page and, for merging, running outputs in float32."""
-    return align(max_queries * q_heads * part.head_dim * 4, GRANULE) + decoded_page_nbytes(part, dtype)
+    return align(max_queries * q_heads * part.head_dim * 4, GRANULE) + align(decoded_page_nbytes(part, dtype), GRANULE)
 
 
 def staged_attention(
@@ -97,25 +99,24 @@ def _plan(
     fp8: bool,
 ) -> _Plan:
     part, together = layouts[0].key, _together(q.device)
-    page_nbytes, running = decoded_page_nbytes(part, q.dtype), _running_nbytes(q)
-    if together or fp8:
-        slot = slot_nbytes(q.shape[0] * q.shape[1], q.shape[2], q.dtype)
-        slots = min(SLOTS, nbytes // 4 // slot) if fp8 and slot else 0
-        half = max(0, nbytes - running - slots * slot) // 2 // GRANULE * GRANULE
-        room = _room(table, layouts, q.dtype, half, slots > 0, together)
+    page_nbytes = decoded_page_nbytes(part, q.dtype)
+    longest = q[: max(end - begin for begin, end in pairwise(cu_queries))]
+    # Where the outputs of the whole batch find no room, its sequences go one after another.
+    for batched, rows in [(True, q)] * together + [(False, longest)] * (together or fp8):
+        room, half = _halved_room(rows, table, layouts, nbytes, fp8, table.batch if batched else 1)
         if room is not None:
-            return _Plan(cohorts(table, cu_queries, rope, room, together), 2 * half, halves=True)
+            return _Plan(cohorts(table, cu_queries, rope, room, batched), 2 * half, halves=True)
     if nbytes >= page_nbytes:
         plan = _Plan(cohorts(table, cu_queries, rope, Room(nbytes // page_nbytes), together), nbytes)
         if all(len(cohort.slices) <= 1 for cohort in plan.cohorts):
             return plan
-    if nbytes < page_nbytes + running:
+    scratch = (nbytes - _running_nbytes(longest)) // GRANULE * GRANULE
+    if scratch < page_nbytes:
         raise ArgumentError(
-            f"workspace: expected at least {page_nbytes + running} bytes (K and V of one decoded page, running "
-            f"outputs), got {nbytes}"
+            f"workspace: expected at least {align(page_nbytes, GRANULE) + _running_nbytes(longest)} bytes (K and V of "
+            f"one decoded page, running outputs of one sequence), got {nbytes}"
         )
-    scratch = (nbytes - running) // GRANULE * GRANULE
-    return _Plan(cohorts(table, cu_queries, rope, Room(scratch // page_nbytes), together), scratch)
+    return _Plan(cohorts(table, cu_queries, rope, Room(scratch // page_nbytes), False), scratch)
 
 
 def _together(device: torch.device) -> bool:
@@ -123,18 +124,21 @@ def _together(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _room(
-    table: BlockTable, layouts: Sequence[PageLayout], dtype: torch.dtype, half: int, fp8: bool, ahead: bool
-) -> Room | None:
-    """Pages of a slice if decoding runs one ahead, in a half of the scratch; None if a half holds none."""
+def _halved_room(
+    q: torch.Tensor, table: BlockTable, layouts: Sequence[PageLayout], nbytes: int, fp8: bool, sequences: int
+) -> tuple[Room | None, int]:
+    """Pages of a slice, and bytes of half the scratch, if decoding runs one ahead; None if a half holds no page."""
     part = layouts[0].key
-    quantised = [f for f in table.groups if not (layouts[f].key.codec.is_dense or layouts[f].value.codec.is_dense)]
-    formats = frozenset(quantised) if fp8 else frozenset()
-    padding = fp8_attention.scratch_nbytes(table.batch * part.heads, 1, part.head_dim, FP8_DTYPE)
+    slot = slot_nbytes(q.shape[0] * q.shape[1], q.shape[2], q.dtype)
+    slots = min(SLOTS, nbytes // 4 // slot) if fp8 else 0
+    half = max(0, nbytes - _running_nbytes(q) - slots * slot) // 2 // GRANULE * GRANULE
+    formats = frozenset(f for f in table.groups if fp8_attention.reads(layouts[f])) if slots else frozenset()
+    padding = fp8_attention.scratch_nbytes(sequences * part.heads, 1, part.head_dim, FP8_DTYPE)
     fp8_pages = max(0, half - padding) // decoded_page_nbytes(part, FP8_DTYPE) if formats else 0
-    if half < decoded_page_nbytes(part, dtype) or (formats and not fp8_pages):
-        return None
-    return Room(half // decoded_page_nbytes(part, dtype), fp8_pages, formats, lead=ahead)
+    fp8_pages = min(fp8_pages, max(1, sequences * slots * fp8_attention.MOST_KEYS // part.tokens))
+    if half < decoded_page_nbytes(part, q.dtype) or (formats and not fp8_pages):
+        return None, half
+    return Room(half // decoded_page_nbytes(part, q.dtype), fp8_pages, formats, lead=_together(q.device)), half
 
 
 def _running_nbytes(q: torch.Tensor) -> int:
@@ -170,11 +174,12 @@ class _Batch:
         partials = Partials(out.view(*shape, -1), lse.view(shape), self.workspace[self.plan.scratch :])
         halves = [self._half(i) for i in range(len(self.slices))]
         decode = [partial(self._decode, piece, half) for piece, half in zip(self.slices, halves, strict=True)]
-        for i in staged(decode, out.device, ahead=self.plan.halves):
-            if self.slices[i].fp8:
-                self._attend_fp8(self.slices[i], halves[i], partials)
-            else:
-                partials.add(*self._attend_dense(self.slices[i], halves[i]))
+        with closing(staged(decode, out.device, ahead=self.plan.halves)) as steps:
+            for i in steps:
+                if self.slices[i].fp8:
+                    self._attend_fp8(self.slices[i], halves[i], partials)
+                else:
+                    partials.add(*self._attend_dense(self.slices[i], halves[i]))
         partials.finish()
 
     def _half(self, index: int) -> torch.Tensor:

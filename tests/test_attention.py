@@ -5,9 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from attention_case import Case, build_case
+from tolerance import exact_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qvg_paged.kernels import staged_attention
 from qvg_paged.kernels.attention import AttentionPath, attention_workspace_nbytes, paged_attention
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.errors import ArgumentError
@@ -127,10 +129,7 @@ def test_a_ragged_batch_gives_each_sequence_what_it_gets_alone(path: AttentionPa
 
 
 def test_a_batch_of_equal_sequences_can_be_attended_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    import qvg_paged.kernels.staged_attention as staged  # noqa: PLC0415
-
-    original = staged.cohorts
-    monkeypatch.setattr(staged, "cohorts", lambda *args: original(*args[:-1], True))
+    monkeypatch.setattr(staged_attention, "_together", lambda _: True)
     rope = RoPESpec(head_dim=64, grid=(4, 5))
     case = build_case(MIXED, [[1, 1, 4, 0], [1, 1, 4, 0], [4, 0, 1, 1], [1, 0, 0, 0]], tokens=20, rope=rope)
     cu = [0, 8, 16, 24, 32]
@@ -143,6 +142,39 @@ def test_a_batch_of_equal_sequences_can_be_attended_together(monkeypatch: pytest
             cu_seqlens_q=cu, rope=rope, path=AttentionPath.STAGED, workspace=workspace,
         )  # fmt: skip
         case.check(q, cu, out, lse, 0.125)
+
+
+@pytest.mark.parametrize(
+    ("path", "together"),
+    [(AttentionPath.STAGED, False), (AttentionPath.STAGED, True), (AttentionPath.STAGED_FP8, True)],
+)
+def test_a_workspace_for_one_sequence_serves_a_batch(
+    monkeypatch: pytest.MonkeyPatch, path: AttentionPath, together: bool
+) -> None:
+    monkeypatch.setattr(staged_attention, "_together", lambda _: together)
+    case = build_case([DENSE, FORMATS["qvg-int2"]], [[1, 1, 0]] * 3, tokens=9, dtype=torch.float16)
+    cu = [0, 40, 80, 95]
+    q = torch.randn(95, 4, 64).half()
+    least = attention_workspace_nbytes(case.layouts, 4, 40, q.dtype)
+    for nbytes in (least, least + 9000, least + 60000):
+        out, lse = paged_attention(
+            q, case.buffer, case.table, case.layouts, 1,
+            cu_seqlens_q=cu, path=path, workspace=torch.empty(nbytes, dtype=torch.uint8),
+        )  # fmt: skip
+        if path is not AttentionPath.STAGED_FP8:
+            case.check(q, cu, out, lse, 0.125)
+        exact, _ = exact_attention(q[80:], *case.history(2), 0.125)
+        assert (out[80:].double() - exact).norm() < 0.1 * exact.norm()
+
+
+def test_the_least_workspace_suffices_for_pages_smaller_than_a_granule() -> None:
+    case = build_case([DENSE], [[0, 0, 0]], tokens=1, heads=1, head_dim=32, dtype=torch.float16)
+    q = torch.randn(2, 1, 32).half()
+    workspace = torch.empty(attention_workspace_nbytes(case.layouts, 1, 2, q.dtype), dtype=torch.uint8)
+    out, lse = paged_attention(
+        q, case.buffer, case.table, case.layouts, 1, cu_seqlens_q=[0, 2], path=AttentionPath.STAGED, workspace=workspace
+    )
+    case.check(q, [0, 2], out, lse, 32**-0.5)
 
 
 def test_staged_slices_of_any_size_agree() -> None:
@@ -230,6 +262,9 @@ BAD: list[tuple[str, dict[str, object]]] = [
     ("rope", {"rope": RoPESpec(head_dim=64, grid=(3, 3))}),
     ("rope", {"rope": RoPESpec(head_dim=32, grid=(2, 4))}),
     ("workspace", {"workspace": torch.zeros(1 << 20)}),
+    ("workspace", {"workspace": torch.zeros(1 << 20, dtype=torch.uint8, device="meta")}),
+    ("workspace", {"workspace": torch.zeros(1 << 20, dtype=torch.uint8)[1:]}),
+    ("table", {"table": BlockTable((1,), (-1,), (0,), (0.0,), (0, 1), torch.device("meta"))}),
     ("layouts", {"layouts": []}),
     ("buffer", {"buffer": torch.zeros(1 << 20)}),
 ]

@@ -1,5 +1,6 @@
 """Block tables on the device: the entries of each format, in order, whatever the batch."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,3 +40,9 @@ def test_planes_are_aligned_so_that_lengths_do_not_change_what_is_compiled() -> 
         for group in table.groups.values():
             planes = (group.pages, group.codebooks, group.positions, group.indptr)
             assert {plane.data_ptr() % 16 for plane in planes} == {base}
+
+
+def test_a_cuda_device_without_an_index_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    table = BlockTable((1,), (-1,), (0,), (0.0,), (0, 1), torch.device("cuda"))
+    assert table.device == torch.device("cuda", 1)

@@ -1,11 +1,13 @@
 """FP8 attention: twins against float64, kernels against twins (float16 in Triton's interpreter, E4M3 on a GPU)."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,6 +140,17 @@ def test_the_kernel_attends_as_its_twin_does(head_dim: int, splits: int) -> None
     torch.testing.assert_close(lse, twin_lse, rtol=0, atol=0.05)
 
 
+def test_queries_and_keys_of_zeros_give_the_mean_of_the_values() -> None:
+    case = build_case([PLAIN], [[0]], tokens=20, device=DEVICE)
+    layout = case.layouts[0]
+    scales = layout.key.plane("scales").view(case.buffer, case.table.pages[0] * 256 + layout.key_offset(LAYER))
+    scales.view(torch.uint8).zero_()
+    out, lse = run(case, torch.zeros(1, 3, 2, 64, device=DEVICE), KERNEL_DTYPE, Backend.TRITON)
+    mean = case.history(0)[1].mean(0)
+    assert error(out[0], mean.double()[None].expand(3, -1, -1)) < 0.05
+    assert (lse - math.log(20)).abs().max() < 1e-3
+
+
 def test_e4m3_costs_what_its_three_mantissa_bits_explain() -> None:
     case = build_case([OURS], [[0] * 4], tokens=64, device=DEVICE)
     q = torch.randn(1, 32, 2, 64, device=DEVICE)
@@ -196,6 +209,35 @@ def test_the_path_holds_together_with_its_kernels(monkeypatch: pytest.MonkeyPatc
     exact, exact_lse = exact_attention(q, *case.history(0), 0.125)
     assert error(out, exact) < 4e-3
     torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=2e-2)
+
+
+def test_pages_whose_keys_and_values_differ_in_bits_are_not_read_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_gpu(monkeypatch)
+    wide_keys = replace(FORMATS["qvg-int2"], name="wide-keys", key=FORMATS["qvg-int4"].key)
+    case = build_case([wide_keys], [[0] * 16], tokens=32, dtype=torch.float16, device=DEVICE)
+    q = 3 * torch.randn(9, 2, 64, device=DEVICE).half()
+    out, lse = paged_attention(
+        q, case.buffer, case.table, case.layouts, LAYER, cu_seqlens_q=[0, 9], path=AttentionPath.STAGED_FP8
+    )
+    case.check(q, [0, 9], out, lse, 0.125)
+
+
+def test_no_share_of_a_slice_is_longer_than_its_sums_are_good_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(fp8_attention, "MOST_KEYS", 128)
+    seen = []
+    original = fp8_attention.attend
+
+    def attend_noting(*args: Any, **kwargs: Any) -> None:
+        seen.append(args[2].num_keys / len(args[3]))
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(fp8_attention, "attend", attend_noting)
+    case = build_case([OURS], [[0] * 9], tokens=128, dtype=torch.float16, device=DEVICE)
+    q = torch.randn(9, 2, 64, device=DEVICE).half()
+    paged_attention(q, case.buffer, case.table, case.layouts, LAYER, cu_seqlens_q=[0, 9], path=AttentionPath.STAGED_FP8)
+    assert seen
+    assert max(seen) <= 128
 
 
 def test_a_workspace_without_room_for_partial_results_is_used_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
