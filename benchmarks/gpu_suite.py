@@ -50,6 +50,7 @@ def steps(out: Path, official: Path | None, weights: Path | None, eval_arguments
             560,
         ),
         Step("bench", bench, 260),
+        Step("park", [python, str(BENCHMARKS / "park_bench.py"), "--json", str(out / "park.json")], 120),
     ]
     if official is not None:
         compare = [python, str(BENCHMARKS / "compare_released.py"), "--official", str(official)]

@@ -106,7 +106,7 @@ class DiskTier:
 
     def _write(self, path: Path, header: bytes, nbytes: int, read: Copy) -> None:
         fault_point("disk.open")
-        with path.open("wb", buffering=0) as file:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb", buffering=0) as file:
             _write_all(file.fileno(), memoryview(header))
             for start in range(0, nbytes, PIECE_NBYTES):
                 piece = self._piece(min(PIECE_NBYTES, nbytes - start))

@@ -206,7 +206,7 @@ def resume_stream(manager: "KVCacheManager", stream: "Stream") -> Tier:
             break
         cancel_prefetch(manager, stream)
         problems.append(f"{damaged} of {len(parked.image.sizes)} objects on the {incoming.tier.value}")
-        _lose(manager, stream, parked, incoming.tier, ", ".join(problems))
+        _lose_host_copy(manager, stream, parked, ", ".join(problems))
     stream.pages, stream.parked = incoming.pages, None
     manager.send([_event(EventKind.RESUME, stream, parked.image, incoming.tier)])
     _drop(manager, parked)
@@ -257,16 +257,15 @@ def _damaged(manager: "KVCacheManager", image: Image, incoming: Incoming) -> int
     return sum(one != other for one, other in zip(found, image.digests, strict=True))
 
 
-def _lose(manager: "KVCacheManager", stream: "Stream", parked: Parked, tier: Tier, problems: str) -> None:
-    """Give up a damaged copy if there is another."""
+def _lose_host_copy(manager: "KVCacheManager", stream: "Stream", parked: Parked, problems: str) -> None:
+    """Give up the damaged host copy, which is the one that was taken, if there is another on the disk."""
     if parked.host is None or parked.disk is None:
         raise CorruptedError(
             f"resume: expected the bytes that were parked of stream {stream.id!r}, got others in {problems}; "
             "no intact copy is left, close the stream"
         )
-    if tier is Tier.HOST:
-        manager.host.free(parked.host)
-        parked.host = None
+    manager.host.free(parked.host)
+    parked.host = None
 
 
 def cancel_prefetch(manager: "KVCacheManager", stream: "Stream") -> None:

@@ -62,7 +62,8 @@ def relieve(books: "Books", order: Sequence[Entry], enough: Callable[[Demand, in
 def _after(books: "Books", ladder: LadderBackend, entry: Entry, relief: Relief) -> Entry | None:
     """The entry once relieved, if it may be and needs less for its next chunk."""
     request = entry.request
-    if not entry.backed:
+    fresh = entry.progressed == books.state.step  # comes in with this plan, and may come with bytes of a dearer rung
+    if fresh or not entry.backed:
         return None
     floor = request.quality.stricter(books.state.tenants[entry.tenant].spec.quality)
     now = entry.squeeze or Squeeze()

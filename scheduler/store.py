@@ -26,7 +26,7 @@ class TieredCache:
         ...
         plan = scheduler.step(time.monotonic())
         failed = cache.carry_out(plan, requests)         # closes, demotes, parks, resumes, opens
-        ...                                              # begin_chunk and commit for plan.running but `failed`
+        ...                                              # chunks of plan.running that are `ready` and not `failed`
         scheduler.update(plan, Outcome(committed, failed))
 
     A parked stream goes to the host while there is room, then to the disk. What is set aside for it is the larger of
@@ -45,6 +45,8 @@ class TieredCache:
         self._slabs = manager.budget.slabs
         self._branches: dict[str, list[Stream]] = {}
         self._behind: dict[str, Squeeze] = {}
+        self._leaving: set[str] = set()
+        self._coming: set[str] = set()
         self._worst = lru_cache(maxsize=1024)(self._worst_demand)
         self._chunk = lru_cache(maxsize=4096)(self._chunk_demand)
 
@@ -125,8 +127,15 @@ class TieredCache:
         """The cache streams of a request: one, or one per branch."""
         return self._branches[stream_id]
 
+    def ready(self, stream_id: str) -> bool:
+        """Whether a running stream can begin its chunk: not if it found no room to come back yet."""
+        streams = self._branches.get(stream_id, [])
+        return bool(streams) and all(stream.parked is None for stream in streams)
+
     def carry_out(self, plan: Plan, requests: Mapping[str, StreamRequest]) -> dict[str, str]:
         """Close, squeeze, park, resume and open what the plan says, and make room for its chunks.
+
+        What finds no room (which takes a fault, since all of it was promised) is tried again with the next plan.
 
         Args:
             plan: what `Scheduler.step` returned.
@@ -137,25 +146,36 @@ class TieredCache:
         """
         failed: dict[str, str] = {}
         for decision in plan.finished:
-            self._behind.pop(decision.stream_id, None)
-            for stream in self._branches.pop(decision.stream_id, ()):
-                stream.close()
+            self._forget(decision.stream_id)
         self._behind |= {d.stream_id: d.squeeze for d in (*plan.demoted, *plan.shrunk) if d.squeeze is not None}
+        parked, resumed = ({d.stream_id for d in decisions} for decisions in (plan.parked, plan.resumed))
+        self._leaving = (self._leaving - resumed) | parked
+        self._coming = (self._coming - parked) | resumed
         self._squeeze()
-        for decision in plan.parked:
-            self._attempt(failed, decision.stream_id, lambda stream: stream.park())
-        for decision in plan.resumed:
-            self._attempt(failed, decision.stream_id, lambda stream: stream.resume())
+        self._attempt(failed, self._leaving, lambda stream: stream.parked is not None or stream.park())
+        self._attempt(failed, self._coming, lambda stream: stream.parked is None or stream.resume())
+        self._squeeze()
         for decision in plan.admitted:
-            self._open(requests[decision.stream_id])
+            self._branches[decision.stream_id] = []
+            try:
+                self._open(requests[decision.stream_id])
+            except QvgPagedError as error:
+                failed[decision.stream_id] = f"{type(error).__name__}: {error}"
         self._make_room(plan)
         return failed
+
+    def _forget(self, stream_id: str) -> None:
+        self._behind.pop(stream_id, None)
+        self._leaving.discard(stream_id)
+        self._coming.discard(stream_id)
+        for stream in self._branches.pop(stream_id, ()):
+            stream.close()
 
     def _squeeze(self) -> None:
         """Squeeze streams as planned; one for which there is no room yet is tried again with the next plan."""
         for stream_id, now in list(self._behind.items()):
             streams = self._branches[stream_id]
-            if any(stream.parked is not None for stream in streams):
+            if not self.ready(stream_id):
                 continue
             try:
                 self.manager.demote([stream for stream in streams if stream.rung < now.rung], now.rung)
@@ -167,24 +187,27 @@ class TieredCache:
                     stream.shrink_retrieval(now.retrieval_frames)
             del self._behind[stream_id]
 
-    def _attempt(self, failed: dict[str, str], stream_id: str, move: Callable[[Stream], object]) -> None:
-        for stream in self._branches[stream_id]:
+    def _attempt(self, failed: dict[str, str], waiting: set[str], move: Callable[[Stream], object]) -> None:
+        for stream_id in sorted(waiting):
             try:
-                move(stream)
+                for stream in self._branches[stream_id]:
+                    move(stream)
+            except OutOfMemoryError:
+                continue
             except QvgPagedError as error:
                 failed[stream_id] = f"{type(error).__name__}: {error}"
+            waiting.remove(stream_id)
 
     def _open(self, request: StreamRequest) -> None:
         names = [request.id, *(f"{request.id}#{branch}" for branch in range(1, request.branches))]
-        self._branches[request.id] = [
-            self.manager.open(name, tenant=request.tenant, window=request.window, floor=request.quality)
-            for name in names
-        ]
+        for name in names:
+            stream = self.manager.open(name, tenant=request.tenant, window=request.window, floor=request.quality)
+            self._branches[request.id].append(stream)
 
     def _make_room(self, plan: Plan) -> None:
         """Move pages together once for all chunks of the plan, then bring the next stream back if there is room."""
-        if self._prefetch:
-            self._cancel_prefetches()
+        for stream in (stream for streams in self._branches.values() for stream in streams):
+            stream.cancel_prefetch()
         total = Demand()
         for decision in plan.running:
             for stream in self._branches[decision.stream_id]:
@@ -197,11 +220,6 @@ class TieredCache:
             return  # whoever begins a chunk last is told so and tries again
         if self._prefetch:
             self._prefetch_next(plan, total)
-
-    def _cancel_prefetches(self) -> None:
-        for streams in self._branches.values():
-            for stream in streams:
-                stream.cancel_prefetch()
 
     def _prefetch_next(self, plan: Plan, promised: Demand) -> None:
         waiting = (self._branches.get(decision.stream_id, ()) for decision in plan.waiting)

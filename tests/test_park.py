@@ -35,6 +35,7 @@ from qvg_paged import (
     Stream,
     Tier,
     Window,
+    disk,
     inject_fault,
 )
 from qvg_paged.container import HEADER_ALIGNMENT, decode_header, encode_header, owner_of
@@ -331,7 +332,9 @@ def test_a_stream_survives_the_process_and_only_its_owner_gets_it(tmp_path: Path
     grow(stream, 3, first_seed=10)
     before, quality = page_bytes(stream), stream.ledger
     stream.park(Tier.DISK)
-    assert [file.parent for file in tmp_path.rglob("*")] == [tmp_path]
+    (file,) = tmp_path.rglob("*")
+    assert file.parent == tmp_path
+    assert file.stat().st_mode & 0o077 == 0, "for its owner only"
     again = tier_cache(tmp_path)
     assert again.disk is not None
     assert again.disk.used_nbytes > 0
@@ -500,10 +503,48 @@ def test_a_file_that_is_gone_is_an_error_and_the_stream_stays_parked(tmp_path: P
     stream.close()
     assert cache.disk is not None
     assert cache.disk.used_nbytes == 0
+    (tmp_path / f"{owner_of('default', 'b')}.qvg.safetensors").mkdir()
+    with pytest.raises(StorageError, match="restore: expected to read"):
+        cache.restore("b")
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     with pytest.raises(StorageError, match="disk_path: expected a folder to write to"):
         tier_cache(blocked / "folder")
+
+
+def test_a_file_that_was_cut_while_its_stream_was_away_is_an_error(tmp_path: Path) -> None:
+    cache = tier_cache(tmp_path)
+    stream = filled(cache)
+    stream.park(Tier.DISK)
+    assert stream.parked is not None
+    assert stream.parked.disk is not None
+    path = stream.parked.disk.path
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptedError, match="it ends before"):
+        stream.resume()
+    cache.check_integrity()
+
+
+def test_pieces_that_are_smaller_than_pages_and_scattered_host_memory_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "PIECE_NBYTES", 10_000)
+    cache = tier_cache(tmp_path, host_memory=2 * _nbytes())
+    streams = [filled(cache, name, frames=4, seed=seed) for name, seed in zip("abc", (0, 30, 60), strict=True)]
+    large = filled(cache, "large", seed=90)
+    before = page_bytes(large)
+    for stream in streams:
+        stream.park(Tier.HOST)
+    streams[0].resume()
+    streams[2].resume()
+    large.park(Tier.HOST)
+    assert large.parked is not None
+    assert large.parked.host is not None
+    assert len(large.parked.host) == 2
+    large.park(Tier.DISK)
+    cache.host.bytes_of(large.parked.host[1])[5] ^= 1
+    assert large.resume() is Tier.DISK
+    assert page_bytes(large) == before
 
 
 def test_settings_of_the_tiers_are_checked(tmp_path: Path) -> None:
@@ -533,6 +574,9 @@ def test_host_memory_never_fragments_and_never_gives_a_byte_twice(requests: list
             rest = [extent for extents in held[1:] for extent in extents]
             with pytest.raises(IntegrityError):
                 arena.check_integrity([*rest, *wrong])
+    arena.used_nbytes += 1
+    with pytest.raises(IntegrityError, match="counted as used"):
+        arena.check_integrity([extent for extents in held for extent in extents])
 
 
 def test_no_byte_of_a_tenant_reaches_another_through_any_tier(tmp_path: Path) -> None:

@@ -3,7 +3,17 @@
 import pytest
 from tiny import grow, make_cache, page_bytes
 
-from qvg_paged import ArgumentError, CacheEvent, EventKind, FreeFill, OutOfMemoryError, StateError, Window, inject_fault
+from qvg_paged import (
+    ArgumentError,
+    CacheEvent,
+    EventKind,
+    FreeFill,
+    KVCacheManager,
+    OutOfMemoryError,
+    StateError,
+    Window,
+    inject_fault,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,4 +85,25 @@ def test_nothing_shrinks_while_something_is_in_flight() -> None:
     with inject_fault("pool.resize", RuntimeError("device lost")), pytest.raises(RuntimeError):
         cache.shrink(1)
     assert cache.pool_nbytes == before
+    cache.check_integrity()
+
+
+def _fill_up(cache: KVCacheManager) -> None:
+    for number in range(1000):
+        grow(cache.open(f"s{number}", window=WINDOW), 4, first_seed=10 * number)
+
+
+def test_pages_at_the_upper_end_move_down_before_the_pool_is_cut() -> None:
+    cache = make_cache(pool=512 << 10, free_fill=FreeFill.POISON)
+    with pytest.raises(OutOfMemoryError):
+        _fill_up(cache)
+    streams = list(cache.streams.values())
+    for stream in streams[: 3 * len(streams) // 4]:
+        stream.close()
+    kept = {stream.id: page_bytes(stream) for stream in cache.streams.values()}
+    highest = max(slot.id for slot in cache.store.pool.live().values())
+    returned = cache.shrink(cache.pool_nbytes // 2)
+    assert returned > 0
+    assert highest * 256 > cache.pool_nbytes > max(slot.id for slot in cache.store.pool.live().values()) * 256
+    assert {stream.id: page_bytes(stream) for stream in cache.streams.values()} == kept
     cache.check_integrity()
