@@ -56,9 +56,14 @@ SHAPES = {
         {"R": 16, "num_warps": 4}, {"R": 8, "num_warps": 2}, {"R": 16, "num_warps": 2},
     ]),
     "decode": (_decode_triton, "DECODE", [
-        {"R": 16, "num_warps": 4}, {"R": 8, "num_warps": 4}, {"R": 8, "num_warps": 2}, {"R": 16, "num_warps": 8},
+        {"R": 16, "H": 1, "num_warps": 4}, {"R": 8, "H": 1, "num_warps": 2}, {"R": 8, "H": 1, "num_warps": 4},
+        {"R": 32, "H": 1, "num_warps": 8}, {"R": 4, "H": 1, "num_warps": 1},
     ]),
-    "decode, heads turned together": (_decode_triton, "HEADS_TURNED", [4, 1, 2, 12]),
+    "decode and turn": (_decode_triton, "TURNED", [
+        {"R": 8, "H": 4, "num_warps": 4}, {"R": 8, "H": 1, "num_warps": 4}, {"R": 8, "H": 6, "num_warps": 4},
+        {"R": 4, "H": 4, "num_warps": 2}, {"R": 8, "H": 12, "num_warps": 4}, {"R": 16, "H": 4, "num_warps": 8},
+        {"R": 4, "H": 6, "num_warps": 4},
+    ]),
 }  # fmt: skip
 
 
@@ -289,7 +294,7 @@ def measure_variants(span: Span, repeats: int) -> list[dict[str, Any]]:
     tables = spec.tables([float(frame) for frame in range(span.frames)], torch.device("cuda"))
     calls = stages_of(span)
     turned = span.decode(0, out, tables)
-    tried = {"assign": ["assign"], "update": ["update"], "pack": ["pack"], "decode": ["plain", "turned"]}
+    tried = {"assign": ["assign"], "update": ["update"], "pack": ["pack"], "decode": ["plain"]}
     calls |= {"plain": span.decode(0, out), "turned": turned}
     rows = []
     for kernel, (_, _, shapes) in SHAPES.items():

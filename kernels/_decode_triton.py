@@ -21,10 +21,9 @@ __all__ = ["decode_pages"]
 
 ANYWHERE = ["pages_ptr", "codebooks_ptr", "cos_frame_ptr", "sin_frame_ptr"]
 """Rows of a table that start at any sequence: their alignment must not decide what is compiled."""
-HEADS_TURNED = 4
-"""Heads that a program decodes one after the other with the same cosines and sines."""
-DECODE = {"R": 16, "num_warps": 4}
-"""Rows of the `codes` plane per program, for head dims up to 128."""
+DECODE = {"R": 16, "H": 1, "num_warps": 4}
+TURNED = {"R": 8, "H": 4, "num_warps": 4}
+"""Rows of the `codes` plane per program, for head dims up to 128, and heads that share its cosines and sines."""
 
 
 @triton.jit
@@ -83,48 +82,80 @@ def _channels(second: tl.constexpr, D: tl.constexpr, INTERLEAVED: tl.constexpr, 
 
 @triton.jit
 def _levels(bytes_, shift: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr):
-    """``STEP * code - TOP`` as float32 of the codes at bit `shift`: as the last places of 2**23, without conversion."""
-    mask: tl.constexpr = ((1 << BITS) - 1) * STEP
-    code = (bytes_ << 1 if shift == 0 else bytes_ >> (shift - 1)) if STEP == 2 else bytes_ >> shift
-    return ((code & mask) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + TOP)
+    """Levels of the codes at bit `shift`, float32, times what `_scales` divides by: bits in place, no conversion.
+
+    The bits become the last places of 2**23. With steps of two, the middle of the lowest codes is not a whole number:
+    they alone are shifted.
+    """
+    if STEP == 2 and shift == 0:
+        placed = bytes_ << 1 & ((1 << BITS) - 1) * 2
+        middle: tl.constexpr = TOP
+    else:
+        placed = bytes_ & ((1 << BITS) - 1) << shift
+        middle: tl.constexpr = TOP * (1 << shift) // STEP
+    return (placed | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + middle)
 
 
 @triton.jit
-def _scales(scales_ptr, natural, token, inside, head, tokens, D: tl.constexpr, B: tl.constexpr):
-    """Scales of some tokens, broadcastable to ``[rows, D / 2]`` float32."""
+def _scales(
+    scales_ptr, natural_a, natural_b, token, inside, head, tokens, shift: tl.constexpr, D: tl.constexpr,
+    B: tl.constexpr, STEP: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Scales of the first and second members of the pairs of some tokens, broadcastable to ``[rows, D / 2]``."""
+    unit: tl.constexpr = 1.0 if STEP == 2 and shift == 0 else STEP / (1 << shift)
     at = scales_ptr + head * (D // B) * tokens + token
-    if D == B:
-        scale = tl.load(at, mask=inside, other=0.0).to(tl.float32)[:, None]
-    elif D == 2 * B:
-        # A load per token and a choice cost less than a load per channel.
-        low = tl.load(at, mask=inside, other=0.0).to(tl.float32)[:, None]
-        high = tl.load(at + tokens, mask=inside, other=0.0).to(tl.float32)[:, None]
-        scale = tl.where((natural < B)[None, :], low, high)
+    if D <= 2 * B:  # a load per token, and at most a choice, cost less than a load per channel
+        first = (tl.load(at, mask=inside, other=0.0).to(tl.float32) * unit)[:, None]
+        second = first
+        if D == 2 * B:
+            second = (tl.load(at + tokens, mask=inside, other=0.0).to(tl.float32) * unit)[:, None]
+            if INTERLEAVED:
+                first = tl.where((natural_a < B)[None, :], first, second)
+                second = first
     else:
-        at = at[:, None] + (natural // B)[None, :] * tokens
-        scale = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
-    return scale
+        at = at[:, None]
+        first = tl.load(at + (natural_a // B)[None, :] * tokens, mask=inside[:, None], other=0.0).to(tl.float32) * unit
+        second = tl.load(at + (natural_b // B)[None, :] * tokens, mask=inside[:, None], other=0.0).to(tl.float32) * unit
+    return first, second
+
+
+@triton.jit
+def _balance(balance_ptr, head, stored, D: tl.constexpr, BALANCED: tl.constexpr):
+    if BALANCED:
+        factors = tl.load(balance_ptr + head * D + stored).to(tl.float32)  # [D/2]
+    else:
+        factors = tl.full(stored.shape, 1.0, tl.float32)
+    return factors
 
 
 @triton.jit
 def _values(
-    bytes_, shift: tl.constexpr, natural, stored, token, inside, head, scales_ptr, ids_ptr, centroids_ptr,
-    book_scales_ptr, balance_ptr, tokens, heads, num_centroids, D: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr,
-    TOP: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr, BALANCED: tl.constexpr,
+    bytes_a, bytes_b, balance_a, balance_b, shift: tl.constexpr, natural_a, natural_b, stored_a, stored_b, token,
+    inside, head, scales_ptr, ids_ptr, centroids_ptr, book_scales_ptr, tokens, heads, num_centroids, D: tl.constexpr,
+    B: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    FP8: tl.constexpr, BALANCED: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Decoded channels `natural` of some tokens, ``[rows, D / 2]`` float32."""
-    scale = _scales(scales_ptr, natural, token, inside, head, tokens, D, B)
-    value = _levels(bytes_, shift, BITS, TOP, STEP) * scale
+    """Decoded first and second members of the pairs of some tokens, each ``[rows, D / 2]`` float32."""
+    scale_a, scale_b = _scales(
+        scales_ptr, natural_a, natural_b, token, inside, head, tokens, shift, D, B, STEP, INTERLEAVED
+    )
+    first = _levels(bytes_a, shift, BITS, TOP, STEP) * scale_a
+    second = _levels(bytes_b, shift, BITS, TOP, STEP) * scale_b
     for stage in tl.static_range(STAGES):
         chosen = tl.load(ids_ptr + (head * STAGES + stage) * tokens + token, mask=inside, other=0).to(tl.int32)
-        row = ((stage * heads + head) * num_centroids + chosen) * D  # [R]
-        centroid = tl.load(centroids_ptr + row[:, None] + stored, mask=inside[:, None], other=0.0).to(tl.float32)
+        row = centroids_ptr + (((stage * heads + head) * num_centroids + chosen) * D)[:, None]  # [R, 1]
+        centroid_a = tl.load(row + stored_a, mask=inside[:, None], other=0.0).to(tl.float32)
+        centroid_b = tl.load(row + stored_b, mask=inside[:, None], other=0.0).to(tl.float32)
         if FP8:
-            centroid *= tl.load(book_scales_ptr + stage * heads + head)
-        value += centroid
+            unit = tl.load(book_scales_ptr + stage * heads + head)
+            centroid_a *= unit
+            centroid_b *= unit
+        first += centroid_a
+        second += centroid_b
     if BALANCED:
-        value *= tl.load(balance_ptr + head * D + stored).to(tl.float32)
-    return value
+        first *= balance_a
+        second *= balance_b
+    return first, second
 
 
 @triton.jit(do_not_specialize=ANYWHERE)
@@ -152,6 +183,15 @@ def _decode_kernel(
     row = first_row % (TILE * BITS // 8) + tl.arange(0, R)
     natural_a, stored_a = _channels(0, D, INTERLEAVED, SPLIT)
     natural_b, stored_b = _channels(1, D, INTERLEAVED, SPLIT)
+    present = (row < stride)[:, None]
+    codes_ptr = bytes_ptr + part + (first_row + tl.arange(0, R)[:, None]) * D
+    # One head: its codes and factors are read once for all places. Several: the angles once for all heads.
+    head_codes = codes_ptr + tl.cast(first_head * rows, tl.int64) * D
+    if H == 1:
+        bytes_a = tl.load(head_codes + stored_a, mask=present, other=0).to(tl.int32)  # [R, D/2]
+        bytes_b = tl.load(head_codes + stored_b, mask=present, other=0).to(tl.int32)  # [R, D/2]
+        balance_a = _balance(balance_ptr, first_head, stored_a, D, BALANCED)
+        balance_b = _balance(balance_ptr, first_head, stored_b, D, BALANCED)
     for place in tl.static_range(8 // BITS):
         inside = (row < stride) & (row + place * stride < size)
         token = tile * TILE + row + place * stride
@@ -159,22 +199,28 @@ def _decode_kernel(
             cos_frame_ptr, sin_frame_ptr, cos_space_ptr, sin_space_ptr, page, token, inside, frame_pairs, space_pairs,
             D, ROPE,
         )  # fmt: skip
-        for head in tl.range(first_head, tl.minimum(first_head + H, heads)):
-            row_ptr = bytes_ptr + part + (tl.cast(head * rows + first_row, tl.int64) + tl.arange(0, R)[:, None]) * D
-            bytes_a = tl.load(row_ptr + stored_a, mask=(row < stride)[:, None], other=0).to(tl.int32)  # [R, D/2]
-            bytes_b = tl.load(row_ptr + stored_b, mask=(row < stride)[:, None], other=0).to(tl.int32)  # [R, D/2]
-            first = _values(
-                bytes_a, BITS * place, natural_a, stored_a, token, inside, head, scales_ptr, ids_ptr, centroids_ptr,
-                book_scales_ptr, balance_ptr, tokens, heads, num_centroids, D, B, BITS, TOP, STEP, STAGES, FP8,
-                BALANCED,
+        target = (page.to(tl.int64) * tokens + token) * stride_token
+        if H == 1:
+            first, second = _values(
+                bytes_a, bytes_b, balance_a, balance_b, BITS * place, natural_a, natural_b, stored_a, stored_b, token,
+                inside, first_head, scales_ptr, ids_ptr, centroids_ptr, book_scales_ptr, tokens, heads, num_centroids,
+                D, B, BITS, TOP, STEP, STAGES, FP8, BALANCED, INTERLEAVED,
             )  # fmt: skip
-            second = _values(
-                bytes_b, BITS * place, natural_b, stored_b, token, inside, head, scales_ptr, ids_ptr, centroids_ptr,
-                book_scales_ptr, balance_ptr, tokens, heads, num_centroids, D, B, BITS, TOP, STEP, STAGES, FP8,
-                BALANCED,
-            )  # fmt: skip
-            target = (page.to(tl.int64) * tokens + token) * stride_token + tl.cast(head, tl.int64) * stride_head
-            _turn_and_store(first, second, cos, sin, out_ptr + target[:, None], inside, D, ROPE, INTERLEAVED)
+            out = out_ptr + (target + tl.cast(first_head, tl.int64) * stride_head)[:, None]
+            _turn_and_store(first, second, cos, sin, out, inside, D, ROPE, INTERLEAVED)
+        else:
+            for head in tl.range(first_head, tl.minimum(first_head + H, heads)):
+                row_ptr = codes_ptr + tl.cast(head * rows, tl.int64) * D
+                first, second = _values(
+                    tl.load(row_ptr + stored_a, mask=present, other=0).to(tl.int32),
+                    tl.load(row_ptr + stored_b, mask=present, other=0).to(tl.int32),
+                    _balance(balance_ptr, head, stored_a, D, BALANCED),
+                    _balance(balance_ptr, head, stored_b, D, BALANCED), BITS * place, natural_a, natural_b, stored_a,
+                    stored_b, token, inside, head, scales_ptr, ids_ptr, centroids_ptr, book_scales_ptr, tokens, heads,
+                    num_centroids, D, B, BITS, TOP, STEP, STAGES, FP8, BALANCED, INTERLEAVED,
+                )  # fmt: skip
+                out = out_ptr + (target + tl.cast(head, tl.int64) * stride_head)[:, None]
+                _turn_and_store(first, second, cos, sin, out, inside, D, ROPE, INTERLEAVED)
 
 
 @triton.jit(do_not_specialize=ANYWHERE)
@@ -232,9 +278,9 @@ def decode_pages(
     offsets = {plane.name: plane.offset for plane in layout.planes + layout.codebook_planes}
     fp8 = codec.centroid_type is CentroidType.FP8
     rows = code_rows(layout.tokens, codec.grid.bits)
-    block, warps = (DECODE["R"], DECODE["num_warps"]) if dim <= 128 else (8, 4)
-    blocks = cdiv(rows, block)
-    together = 1 if rope is None else min(HEADS_TURNED, heads)
+    shape = DECODE if rope is None else TURNED
+    block, warps = (shape["R"], shape["num_warps"]) if dim <= 128 else (8, 4)
+    blocks, together = cdiv(rows, block), min(shape["H"], heads)
     _decode_kernel[(blocks * len(pages), cdiv(heads, together))](
         out, raw, raw.view(torch.float8_e4m3fn), raw.view(torch.bfloat16), raw.view(torch.float32), pages, codebooks,
         *tables, part_offset, codebook_part_offset, offsets["scales"], offsets.get("ids", 0),

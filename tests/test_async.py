@@ -29,6 +29,8 @@ from qvg_paged.scheduler import (
 )
 from qvg_paged.scheduler.engine import Streams
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Recorder:
     """An engine over a real cache that notes who called what, where, and breaks on request."""
@@ -449,7 +451,6 @@ def test_an_engine_of_ones_own_is_told_of_every_move_and_what_it_raises_fails_th
     ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_over_a_tiered_cache_streams_are_squeezed_and_parked_and_all_chunks_arrive() -> None:
     manager = make_cache(pool=260 << 10, host_memory="2MiB")
     cache = TieredCache(manager)

@@ -17,6 +17,7 @@ from qvg_paged.metrics import CacheCollector, serve_metrics
 from qvg_paged.scheduler import Outcome, Reason, Scheduler, StreamRequest, available_policies, load_policy
 from qvg_paged.scheduler.metrics import SchedulerMetrics
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DOCS = Path(__file__).parents[1] / "docs"
 BOARD = json.loads((DOCS / "observability" / "dashboard.json").read_text())
 RULES = yaml.safe_load((DOCS / "observability" / "alerts.yaml").read_text())["groups"][0]["rules"]

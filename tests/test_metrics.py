@@ -24,6 +24,8 @@ from qvg_paged.metrics import OTHER, CacheCollector, TenantLabels, serve_metrics
 from qvg_paged.scheduler import Outcome, Reason, Scheduler, SchedulerConfig, StreamRequest, SystemView, TenantSpec
 from qvg_paged.scheduler.metrics import SchedulerMetrics
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Series = Mapping[str, float]
 
 

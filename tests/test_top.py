@@ -17,6 +17,7 @@ from qvg_paged.scheduler import Outcome, Scheduler, StreamRequest
 from qvg_paged.scheduler.metrics import SchedulerMetrics
 from qvg_paged.top import Scrape, fetch, render, summarise
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 runner = CliRunner()
 HOSTILE = "[bold]\x1b[2J\n"
 
