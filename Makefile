@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 TYPED := $(abspath $(VENV))/typed
 
-.PHONY: demo test unit coverage gpu-test eval bench bench-tests lint types tables install clean
+.PHONY: mutants mutation soak bounds demo test unit coverage gpu-test eval bench bench-tests lint types tables install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,9 @@ help:
 	@echo 'make eval      quality of every format in closed loop (meant for a GPU)'
 	@echo 'make bench     speed beside what it competes with     make bench-tests  benchmarks of the test suite'
 	@echo 'make coverage  every branch of scheduler and pool, or it fails'
+	@echo 'make mutants   bugs planted in the scheduler, each of which the checker must find'
+	@echo 'make mutation  mutation score of scheduler and pool          make bounds  promises of the scheduler'
+	@echo 'make soak      20,000 seeds of at least 2,000 events; goes on where it stopped'
 	@echo 'make lint      ruff                  make types     mypy, strict'
 	@echo 'make tables    fill README tables from benchmarks/results'
 
@@ -58,6 +61,18 @@ bench: $(READY)
 
 bench-tests: $(READY)
 	$(BIN)/pytest -m 'not gpu' --benchmark-only $(ARGS)
+
+mutants: $(READY)
+	PYTHONPATH=benchmarks $(BIN)/python -m stress.mutants
+
+mutation: $(READY)
+	$(BIN)/python benchmarks/stress/mutation.py $(ARGS)
+
+soak: $(READY)
+	$(BIN)/python benchmarks/stress/soak.py $(ARGS)
+
+bounds: $(READY)
+	$(BIN)/python benchmarks/scheduler_bounds.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,11 +18,13 @@ if str(BENCHMARKS) not in sys.path:
 
 from stress.arrivals import ARRIVALS, Arrival, arrival_times, read_trace  # noqa: E402
 from stress.checker import Checker, check_log  # noqa: E402
+from stress.faults import HOSTILE  # noqa: E402
 from stress.metrics import measure  # noqa: E402
 from stress.models import MODELS, SimulatedCache, StaticCache  # noqa: E402
 from stress.mutants import GOAL, MUTANTS, Mutant, find_mutant, planted  # noqa: E402
-from stress.scenario import Scenario, draw_scenario  # noqa: E402
+from stress.scenario import POLICIES, Scenario, draw_scenario  # noqa: E402
 from stress.simulator import Run, simulate  # noqa: E402
+from stress.soak import run_seeds, summarise  # noqa: E402
 from stress.stats import jain, percentile  # noqa: E402
 
 from qvg_paged import ArgumentError  # noqa: E402
@@ -47,6 +49,19 @@ def test_random_runs_keep_every_invariant_and_drain(runs: list[Run]) -> None:
         assert check_log(run.lines) == [], f"seed {run.seed}"
     assert len({fault for run in runs for fault, _ in run.fired}) >= 15, "faults have to happen to mean anything"
     assert any(record["parked"] for run in runs for record in records(run) if record["kind"] == "plan")
+
+
+def test_two_hundred_seeds_of_two_thousand_events_keep_every_invariant_and_every_fault_happens(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = summarise(list(run_seeds(range(200), 2000, jobs=2)))
+    with capsys.disabled():
+        sys.stdout.write(f"\n{found['coverage_text']}\n")
+    assert found["failures"] == []
+    assert found["seeds"] == 200
+    assert found["least_events"] >= 2000
+    assert found["never_fired"] == []
+    assert set(found["policies"]) == {*POLICIES, *HOSTILE}
 
 
 def test_a_seed_replays_to_the_same_log_and_another_does_not() -> None:

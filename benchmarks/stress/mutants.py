@@ -18,7 +18,7 @@ from stress.checker import check_log
 from stress.scenario import Scenario, draw_scenario
 from stress.simulator import simulate
 
-__all__ = ["MUTANTS", "Mutant", "find_mutant", "planted"]
+__all__ = ["GOAL", "MUTANTS", "Mutant", "find_mutant", "planted", "trade"]
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,15 @@ def planted(mutant: Mutant) -> Iterator[None]:
     source = Path(str(module.__file__)).read_text()
     if source.count(mutant.good) != 1:
         raise LookupError(f"{mutant.module}: expected once, found {source.count(mutant.good)} times: {mutant.good}")
+    with trade(module, source.replace(mutant.good, mutant.bad)):
+        yield
+
+
+@contextmanager
+def trade(module: types.ModuleType, source: str) -> Iterator[None]:
+    """A module's functions with the code of another version of it, for the time of the context."""
     scope: dict[str, object] = {"__name__": module.__name__}
-    exec(compile(textwrap.dedent(source.replace(mutant.good, mutant.bad)), str(module.__file__), "exec"), scope)
+    exec(compile(textwrap.dedent(source), str(module.__file__), "exec"), scope)
     codes = _functions(vars(module), scope)
     old = [(function, function.__code__) for function, _ in codes]
     for function, other in codes:

@@ -74,7 +74,9 @@ def run_seeds(seeds: Sequence[int], events: int, jobs: int, deadline: float = fl
     """Results as they come; no new seed begins after `deadline` (of `time.monotonic`)."""
     todo = iter([seeds[place : place + BATCH] for place in range(0, len(seeds), BATCH)])
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet, initargs=(sys.path[0],)) as pool:
+    with ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_quiet, initargs=(str(Path(__file__).resolve().parents[1]),)
+    ) as pool:
         running: set[Future[list[dict[str, Any]]]] = set()
         while True:
             while len(running) < 2 * jobs and time.monotonic() < deadline:
