@@ -17,9 +17,9 @@ from qvg_paged.errors import ArgumentError, QualityFloorError
 from qvg_paged.events import CacheEvent, EventKind, fault_point
 from qvg_paged.kernels.layout import GRANULE
 from qvg_paged.kernels.requantise import requantise_part
-from qvg_paged.ladder import deepest_rung, least_retrieval, squeeze
-from qvg_paged.page import QUANTISED_FORMAT, Page
-from qvg_paged.timeline import Demand
+from qvg_paged.ladder import SqueezedTimeline, deepest_rung, least_retrieval, squeeze
+from qvg_paged.page import DENSE_FORMAT, QUANTISED_FORMAT, Page
+from qvg_paged.timeline import Demand, Timeline
 
 if TYPE_CHECKING:
     from qvg_paged.manager import KVCacheManager
@@ -66,7 +66,7 @@ def demote_streams(manager: "KVCacheManager", streams: "Sequence[Stream]", rung:
     shared: dict[tuple[Page, ...], list[Page]] = {}
     returned = 0
     for stream in streams:
-        if rung >= Rung.TAIL and stream.rung < Rung.TAIL:
+        if rung >= Rung.TAIL:
             returned += _squeeze_tail(manager, stream, shared)
         if rung >= Rung.SPANS and stream.rung < Rung.SPANS:
             returned += _demote_spans(manager, stream)
@@ -91,22 +91,32 @@ def _name(manager: "KVCacheManager") -> str:
 
 
 def _squeeze_tail(manager: "KVCacheManager", stream: "Stream", shared: dict[tuple[Page, ...], list[Page]]) -> int:
-    """Quantise the dense tail in cells; from now on commits do so by themselves."""
-    old = stream.timeline
-    new = squeeze(old, Rung.TAIL, stream.committed, manager.model)
+    """Quantise the dense tail in cells, those too that an error left out; from now on commits do so by themselves."""
+    new = squeeze(stream.timeline, Rung.TAIL, stream.committed, manager.model)
     returned = 0
-    for index in range(old.closed_spans(stream.committed), new.closed_spans(stream.committed)):
-        frames = new.span(index)
+    for frames in _dense_cells(stream, new):
         dense = [stream.pages[frame] for frame in frames]
         quantised = shared.get(tuple(dense))
         if quantised is None:
             quantised = shared[tuple(dense)] = _encode_cell(manager, stream, dense)
         else:
             manager.store.retain(quantised)
+        stream.timeline = new  # by the old rules a commit would take these pages for dense ones
         stream.pages.update(zip(frames, quantised, strict=True))
         returned += _tell(manager, stream, list(frames), quantised, dense)
     stream.timeline = new
     return returned
+
+
+def _dense_cells(stream: "Stream", timeline: Timeline) -> list[range]:
+    """Full cells whose frames are all there and still dense."""
+    first = timeline.regular_spans if isinstance(timeline, SqueezedTimeline) else 0
+    cells = map(timeline.span, range(first, timeline.closed_spans(stream.committed)))
+
+    def is_dense(frame: int) -> bool:
+        return frame in stream.pages and stream.pages[frame].format == DENSE_FORMAT
+
+    return [frames for frames in cells if all(map(is_dense, frames))]
 
 
 def _encode_cell(manager: "KVCacheManager", stream: "Stream", dense: list[Page]) -> list[Page]:

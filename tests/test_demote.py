@@ -384,6 +384,26 @@ def test_a_fault_while_a_stream_is_demoted_leaves_every_frame_readable_and_the_b
     assert fired >= 1, "the point was never reached"
 
 
+@pytest.mark.parametrize("point", ["demote.reserve", "demote.publish"])
+@pytest.mark.parametrize("commits", [0, 1])
+def test_a_tail_that_was_quantised_in_part_is_never_quantised_twice(point: str, commits: int) -> None:
+    cache = ladder_cache(span_frames=12)
+    stream = cache.open("a", window=Window(sink_frames=1, recent_frames=24))
+    grow(stream, 11)
+    with inject_fault(point, InjectedError(), skip=1), suppress(InjectedError):
+        stream.demote(Rung.TAIL)
+    assert formats(stream) == ["fine"] * 3 + ["dense"] * 8
+    grow(stream, 3 * commits, first_seed=11)
+    stream.demote(Rung.TAIL)
+    full = 9 + 3 * commits
+    assert formats(stream) == ["fine"] * full + ["dense"] * 2
+    now = page_bytes(stream)
+    for first in range(0, full, 3):
+        frames = list(range(first, first + 3))
+        assert [now[frame] for frame in frames] == span_bytes(cache, frames, 1)
+    cache.check_integrity()
+
+
 def test_scattered_pages_move_together_when_a_chunk_would_not_fit_otherwise() -> None:
     """Streams of which one frame in many stays leave slabs with one page each; a large chunk needs whole slabs."""
     cache = make_cache(pool=40 * make_model().frame_nbytes)
