@@ -1,12 +1,14 @@
-"""Host memory for parked streams: one pinned buffer, handed out in extents.
+"""Host memory for parked streams: a few pinned buffers, handed out in extents.
 
 An image is a sequence of bytes that may lie in several extents, so whatever is free can be used: there is no
 fragmentation to make room for. Every byte that is handed out is overwritten by the image before anyone may read it.
+PyTorch rounds pinned memory up to a power of two, so the buffers have such sizes: no more is taken than was allowed.
 """
 
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -29,8 +31,21 @@ class Extent:
         return self.stop - self.start
 
 
+LEAST_BUFFER = 1 << 20
+"""Buffers of fewer bytes are not worth cutting further."""
+
+
+def buffer_sizes(nbytes: int) -> list[int]:
+    """Powers of two, and a rest of less than `LEAST_BUFFER`, that add up to `nbytes`; the largest first."""
+    sizes = []
+    while nbytes:
+        sizes.append(nbytes if nbytes < LEAST_BUFFER else 1 << (nbytes.bit_length() - 1))
+        nbytes -= sizes[-1]
+    return sizes
+
+
 class HostArena:
-    """Allocator over one host buffer, which is taken (and pinned) when it is first needed.
+    """Allocator over host buffers, which are taken (and pinned) when they are first needed.
 
     Args:
         nbytes: its size.
@@ -44,14 +59,16 @@ class HostArena:
         self.nbytes = nbytes
         self.used_nbytes = 0
         self._pinned = pinned
-        self._buffer: torch.Tensor | None = None
+        sizes = buffer_sizes(nbytes)
+        self._starts = list(accumulate(sizes, initial=0))
+        self._buffers: list[torch.Tensor] = []
         self._free = [Extent(0, nbytes)] if nbytes else []
 
     def allocate(self, nbytes: int) -> list[Extent]:
         """Extents of `nbytes` bytes together, from the lowest.
 
         Raises:
-            OutOfMemoryError: they are not free; nothing changed.
+            OutOfMemoryError: they are not free, or the machine does not have them; nothing changed.
         """
         fault_point("host.allocate")
         if nbytes > self.nbytes - self.used_nbytes:
@@ -61,19 +78,34 @@ class HostArena:
                 nbytes,
                 self.nbytes - self.used_nbytes,
             )
-        if self._buffer is None and nbytes:
-            self._buffer = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+        if not self._buffers and nbytes:
+            self._buffers = self._take()
         taken: list[Extent] = []
         left = nbytes
         while left:
             first = self._free.pop(0)
-            if first.nbytes > left:
-                self._free.insert(0, Extent(first.start + left, first.stop))
-                first = Extent(first.start, first.start + left)
-            taken.append(first)
-            left -= first.nbytes
+            stop = min(first.start + left, first.stop, self._starts[self._buffer_of(first.start) + 1])
+            if stop < first.stop:
+                self._free.insert(0, Extent(stop, first.stop))
+            taken.append(Extent(first.start, stop))
+            left -= taken[-1].nbytes
         self.used_nbytes += nbytes
         return taken
+
+    def _take(self) -> list[torch.Tensor]:
+        try:
+            sizes = [stop - start for start, stop in pairwise(self._starts)]
+            return [torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned) for size in sizes]
+        except RuntimeError as error:
+            raise OutOfMemoryError(
+                f"host memory: the machine does not give {self.nbytes} bytes{' of pinned memory' * self._pinned}; "
+                "lower host_memory",
+                self.nbytes,
+                0,
+            ) from error
+
+    def _buffer_of(self, start: int) -> int:
+        return bisect.bisect(self._starts, start) - 1
 
     def free(self, extents: Sequence[Extent]) -> None:
         """Return extents; neighbours become one again."""
@@ -90,8 +122,9 @@ class HostArena:
 
     def bytes_of(self, extent: Extent) -> torch.Tensor:
         """Its bytes, writable."""
-        assert self._buffer is not None
-        return self._buffer[extent.start : extent.stop]
+        index = self._buffer_of(extent.start)
+        start = self._starts[index]
+        return self._buffers[index][extent.start - start : extent.stop - start]
 
     def check_integrity(self, held: Sequence[Extent]) -> None:
         """Raise `IntegrityError` unless `held` and what is free cover the arena exactly once."""

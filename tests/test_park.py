@@ -36,11 +36,12 @@ from qvg_paged import (
     Tier,
     Window,
     disk,
+    host,
     inject_fault,
 )
 from qvg_paged.container import HEADER_ALIGNMENT, decode_header, encode_header, owner_of
 from qvg_paged.events import TIER_FAULT_POINTS
-from qvg_paged.host import Extent, HostArena
+from qvg_paged.host import Extent, HostArena, buffer_sizes
 from qvg_paged.pool import Slot
 from qvg_paged.transfer import Mover, Runs
 
@@ -577,6 +578,40 @@ def test_host_memory_never_fragments_and_never_gives_a_byte_twice(requests: list
     arena.used_nbytes += 1
     with pytest.raises(IntegrityError, match="counted as used"):
         arena.check_integrity([extent for extents in held for extent in extents])
+
+
+@pytest.mark.parametrize("nbytes", [1, (1 << 20) - 1, 1 << 20, (1 << 22) + 5, 22_000_000_123])
+def test_buffers_of_host_memory_are_not_rounded_up(nbytes: int) -> None:
+    sizes = buffer_sizes(nbytes)
+    assert sum(sizes) == nbytes
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(
+        size & (size - 1) == 0 or (index == len(sizes) - 1 and size < 1 << 20) for index, size in enumerate(sizes)
+    )
+
+
+def test_extents_keep_their_bytes_in_whichever_buffer_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "LEAST_BUFFER", 8)
+    arena = HostArena(100, pinned=False)  # 64, 32 and 4 bytes
+    first, second = arena.allocate(60), arena.allocate(40)
+    arena.free(first)
+    third = arena.allocate(60)
+    for value, extents in enumerate((second, third)):
+        for extent in extents:
+            arena.bytes_of(extent).fill_(value)
+    for value, extents in enumerate((second, third)):
+        assert [len(arena.bytes_of(extent)) for extent in extents] == [extent.nbytes for extent in extents]
+        assert all((arena.bytes_of(extent) == value).all() for extent in extents)
+    assert [extent.nbytes for extent in second] == [4, 32, 4]
+    arena.check_integrity([*second, *third])
+
+
+def test_host_memory_that_the_machine_does_not_have_is_out_of_memory() -> None:
+    arena = HostArena(1 << 60, pinned=False)
+    for _ in range(2):
+        with pytest.raises(OutOfMemoryError, match="lower host_memory"):
+            arena.allocate(8)
+    arena.check_integrity([])
 
 
 def test_no_byte_of_a_tenant_reaches_another_through_any_tier(tmp_path: Path) -> None:
