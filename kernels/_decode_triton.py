@@ -87,12 +87,9 @@ def _levels(bytes_, shift: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr, 
     The bits become the last places of 2**23. With steps of two, the middle of the lowest codes is not a whole number:
     they alone are shifted.
     """
-    if STEP == 2 and shift == 0:
-        placed = bytes_ << 1 & ((1 << BITS) - 1) * 2
-        middle: tl.constexpr = TOP
-    else:
-        placed = bytes_ & ((1 << BITS) - 1) << shift
-        middle: tl.constexpr = TOP * (1 << shift) // STEP
+    halves: tl.constexpr = STEP == 2 and shift == 0
+    middle: tl.constexpr = TOP if halves else TOP * (1 << shift) // STEP
+    placed = (bytes_ << 1) & (2 * ((1 << BITS) - 1)) if halves else bytes_ & (((1 << BITS) - 1) << shift)
     return (placed | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + middle)
 
 

@@ -9,8 +9,10 @@ fragmentation.
 
 import bisect
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple
 
 import torch
 
@@ -23,9 +25,8 @@ from qvg_paged.kernels.layout import GRANULE, align
 __all__ = ["SlabGeometry", "SlabPool", "Slot", "byte_runs"]
 
 
-@dataclass(frozen=True, eq=False)
-class Slot:
-    """Memory of one object. Two slots are the same only if they are one object: a reused address is another slot.
+class Slot(NamedTuple):
+    """Memory of one object. A reused address is another slot: its generation differs.
 
     Attributes:
         id: offset in the pool in units of `GRANULE` bytes.
@@ -38,6 +39,10 @@ class Slot:
     nbytes: int
     tenant: str
     generation: int
+
+
+_new_slot: Callable[[type[Slot], Iterable[object]], Slot] = tuple.__new__
+"""`Slot._make` without its checks: a page is a fraction of a microsecond."""
 
 
 @dataclass(frozen=True)
@@ -180,27 +185,45 @@ class SlabPool:
             OutOfMemoryError: they do not fit; nothing changed.
         """
         fault_point("pool.allocate")
-        self.require({nbytes: count})
-        return [self._take(self._classes[nbytes], tenant) for _ in range(count)]
-
-    def _take(self, kind: _SizeClass, tenant: str) -> Slot:
-        if not kind.with_room:
-            slab = heapq.heappop(self._free_slabs)
-            kind.free[slab] = list(range(kind.slots - 1, -1, -1))
-            kind.with_room.append(slab)
-            kind.free_slots += kind.slots
-        slab = kind.with_room[0]
-        index = kind.free[slab].pop()
-        if not kind.free[slab]:
-            kind.with_room.pop(0)
-        kind.free_slots -= 1
-        self._serial += 1
-        offset = slab * self.slab_nbytes + index * kind.nbytes
-        slot = Slot(offset // GRANULE, kind.nbytes, tenant, self._serial)
-        self._live[slot.id] = slot
-        self.used_nbytes += kind.nbytes
+        kind = self._classes[nbytes]
+        if self._pending or kind.free_slots < count:
+            self.require({nbytes: count})
+        else:
+            self._filled.order_after()
+        ids = self._take(kind, count)
+        serials = range(self._serial + 1, self._serial + count + 1)
+        fields = zip(ids, repeat(nbytes), repeat(tenant), serials, strict=False)
+        slots = list(map(_new_slot, repeat(Slot), fields))
+        self._serial += count
+        self._live.update(zip(ids, slots, strict=True))
+        self.used_nbytes += count * nbytes
         self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)
-        return slot
+        return slots
+
+    def _take(self, kind: _SizeClass, count: int) -> list[int]:
+        """Ids of the lowest free slots of a size, a slab at a time."""
+        ids: list[int] = []
+        unit, slab_units = kind.nbytes // GRANULE, self.slab_nbytes // GRANULE
+        while len(ids) < count:
+            if not kind.with_room:
+                slab = heapq.heappop(self._free_slabs)
+                if kind.slots <= count - len(ids):  # all of it: no list of what is left
+                    kind.free[slab] = []
+                    ids += range(slab * slab_units, slab * slab_units + kind.slots * unit, unit)
+                    continue
+                kind.free[slab] = list(range(kind.slots - 1, -1, -1))
+                kind.with_room.append(slab)
+                kind.free_slots += kind.slots
+            slab = kind.with_room[0]
+            room = kind.free[slab]
+            taken = room[len(ids) - count :]
+            del room[len(ids) - count :]
+            if not room:
+                kind.with_room.pop(0)
+            kind.free_slots -= len(taken)
+            first = slab * slab_units
+            ids += [first + index * unit for index in reversed(taken)]
+        return ids
 
     def live(self) -> dict[int, Slot]:
         """Slots in use, by id."""
@@ -217,12 +240,26 @@ class SlabPool:
         Raises:
             StaleHandleError: it was returned before.
         """
-        self.check(slot)
-        del self._live[slot.id]
-        self._pending.append((fence, slot))
+        self.free_all([slot], fence)
+
+    def free_all(self, slots: Sequence[Slot], fence: Fence) -> None:
+        """Return several slots at once, each given once: all or none.
+
+        Raises:
+            StaleHandleError: one was returned before; nothing changed.
+        """
+        live = self._live
+        for slot in slots:
+            if live.get(slot.id) is not slot:
+                self.check(slot)
+        for slot in slots:
+            del live[slot.id]
+        self._pending += zip(repeat(fence), slots)
 
     def reclaim(self, *, wait: bool) -> None:
         """Take back returned slots whose fence has passed; with `wait`, order later work behind the others."""
+        if not self._pending:
+            return
         ready, waiting = [], []
         for fence, slot in self._pending:
             if fence.passed():
@@ -239,24 +276,26 @@ class SlabPool:
         self._filled.order_after()
         for start, stop in byte_runs(ready):
             self.buffer[start:stop].fill_(self._fill)
-        for slot in ready:
-            self._put_back(slot)
+        self._put_back(ready)
         self._filled = Fence.record(self.buffer.device)
 
-    def _put_back(self, slot: Slot) -> None:
-        kind = self._classes[slot.nbytes]
-        slab, inside = divmod(slot.id * GRANULE, self.slab_nbytes)
-        room = kind.free[slab]
-        if not room:
-            bisect.insort(kind.with_room, slab)
-        room.append(inside // kind.nbytes)
-        kind.free_slots += 1
-        self.used_nbytes -= slot.nbytes
-        if len(room) == kind.slots:
-            del kind.free[slab]
-            kind.with_room.remove(slab)
-            kind.free_slots -= kind.slots
-            heapq.heappush(self._free_slabs, slab)
+    def _put_back(self, slots: list[Slot]) -> None:
+        slab_units, found = self.slab_nbytes // GRANULE, dict[int, list[Slot]]()
+        for slot in slots:
+            found.setdefault(slot.id // slab_units, []).append(slot)
+        for slab, returned in found.items():
+            kind = self._classes[returned[0].nbytes]
+            room, first, unit = kind.free[slab], slab * slab_units, kind.nbytes // GRANULE
+            if not room:
+                bisect.insort(kind.with_room, slab)
+            room += [(slot.id - first) // unit for slot in returned]
+            kind.free_slots += len(returned)
+            self.used_nbytes -= len(returned) * kind.nbytes
+            if len(room) == kind.slots:
+                del kind.free[slab]
+                kind.with_room.remove(slab)
+                kind.free_slots -= kind.slots
+                heapq.heappush(self._free_slabs, slab)
 
     def resize(self, num_slabs: int) -> None:
         """Cut the pool, whose slabs from there on are free, or make it longer. The buffer stays the same tensor.

@@ -49,6 +49,23 @@ def test_slots_are_contiguous_aligned_and_disjoint() -> None:
     pool.check_integrity()
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_several_slots_go_back_at_once_or_not_at_all(count: int) -> None:
+    pool = make_pool()
+    slots, gone = pool.allocate(1024, count, "t"), pool.allocate(256, 1, "t")[0]
+    pool.free(gone, DONE)
+    live = pool.live()
+    with pytest.raises(StaleHandleError, match=f"generation {gone.generation}"):
+        pool.free_all([*slots, gone], DONE)
+    assert pool.live() == live
+    pool.free_all(slots, DONE)
+    assert pool.live() == {}
+    pool.reclaim(wait=False)
+    assert pool.used_nbytes == 0
+    assert pool.free_nbytes == 4 * 2048
+    pool.check_integrity()
+
+
 def test_what_does_not_fit_takes_nothing_and_says_how_much_was_free() -> None:
     pool = make_pool()
     pool.allocate(1024, 3, "t")

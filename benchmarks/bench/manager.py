@@ -80,11 +80,9 @@ def _pool_systems() -> Iterator[System]:
 
     def cycle() -> tuple[float, float]:
         start = time.perf_counter()
-        slots = [pool.allocate(PAGE_NBYTES, 1, "bench")[0] for _ in range(PAGES)]
+        slots = pool.allocate(PAGE_NBYTES, PAGES, "bench")
         taken = time.perf_counter()
-        fence = Fence.record(device)
-        for slot in slots:
-            pool.free(slot, fence)
+        pool.free_all(slots, Fence.record(device))
         pool.reclaim(wait=True)
         return (taken - start) / PAGES, (time.perf_counter() - taken) / PAGES
 
