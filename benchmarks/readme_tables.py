@@ -138,11 +138,20 @@ def _speed(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['part']}: {row['name']}", *against, f"{timing['median_ms']:.3f}", spread, name, faster, *rates]
 
 
+def _scheduler(content: Result) -> str:
+    rows = [
+        [row["name"], row["bound"], row["value"], "held" if row["held"] else "**missed**"]
+        for row in content["results"]["rows"]
+    ]
+    return _grid(["promise", "bound", "found", ""], rows)
+
+
 TABLES: dict[str, tuple[str, str, Callable[[Result], str]]] = {
     "demo": ("demo.json", "make demo", _demo),
     "eval": ("eval.json", "qvg-paged eval", _eval),
     "same-bytes": ("eval.json", "qvg-paged eval", _same_bytes),
     "bench": ("bench.json", "qvg-paged bench", _bench),
+    "scheduler": ("scheduler.json", "make bounds", _scheduler),
 }
 """Result file, command and layout of each table."""
 
