@@ -46,6 +46,7 @@ class Simulator:
         self.rng = Random(seed)
         self.clock = VirtualClock()
         self.skew = 0.0
+        self.told = 0.0
         self.result = Run(scenario, seed)
         self.log = DecisionLog(self.result.lines.append)
         self.geometry = MODELS[scenario.model]
@@ -155,8 +156,9 @@ class Simulator:
         return request.id
 
     def _step(self) -> Plan:
+        self.told = max(self.told, self.clock.now + self.skew)  # a clock that stalls does not run backwards
         began = time.perf_counter()
-        plan = self.scheduler.step(self.clock.now + self.skew)
+        plan = self.scheduler.step(self.told)
         self.result.decision_seconds.append(time.perf_counter() - began)
         self.result.steps += 1
         told = (plan.finished, plan.rejected, plan.parked, plan.resumed, plan.admitted, plan.running)
