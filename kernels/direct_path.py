@@ -1,7 +1,8 @@
 """The direct path around its kernel: how many splits, which sequences at once, where partial results go."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from qvg_paged.kernels.few_queries import (
     Shares,
     block_rows,
     few_queries_attention,
+    give_up,
     has_gluon,
     page_groups,
     reads_few_queries,
@@ -55,10 +57,12 @@ def direct_path(
     for sequences in _sequences_that_fit(q, table, cu_seqlens_q, workspace):
         rows = slice(cu_seqlens_q[sequences.start], cu_seqlens_q[sequences.stop])
         if rows.start < rows.stop:
-            _direct_sequences(
-                q, buffer, table, layouts, layer, cu_seqlens_q, sequences, softmax_scale, rope, workspace,
-                out[rows], lse[rows],
-            )  # fmt: skip
+            given = (q, buffer, table, layouts, layer, cu_seqlens_q, sequences, softmax_scale, rope, workspace)
+            try:
+                _direct_sequences(*given, out[rows], lse[rows])
+            except _NoGluon as error:
+                give_up(q.device, error.reason)
+                _direct_sequences(*given, out[rows], lse[rows])
     return out, lse
 
 
@@ -134,10 +138,11 @@ def _direct_sequences(
     done = tables_at = 0
     for fmt, plan in few.items():
         some = slice(done, done + plan.work.slots)
-        few_queries_attention(
-            partials[some], partial_lse[some], q, buffer, layouts[fmt], layer, table.groups[fmt].pages, plan.work,
-            scratch[tables_at : tables_at + plan.nbytes], softmax_scale=scale, rows=block_rows(longest),
-        )  # fmt: skip
+        with _compiling():
+            few_queries_attention(
+                partials[some], partial_lse[some], q, buffer, layouts[fmt], layer, table.groups[fmt].pages, plan.work,
+                scratch[tables_at : tables_at + plan.nbytes], softmax_scale=scale, rows=block_rows(longest),
+            )  # fmt: skip
         done, tables_at = some.stop, tables_at + plan.nbytes
     for (fmt, shape, blocks), count in zip(launches, splits, strict=True):
         direct_attention(
@@ -148,6 +153,27 @@ def _direct_sequences(
         )  # fmt: skip
         done += count
     merge_partials(partials, partial_lse, out, lse)
+
+
+class _NoGluon(Exception):  # noqa: N818 - never seen outside
+    """The kernel for few queries did not compile."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__()
+        self.reason = reason
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Tell what a compiler raises from what a device does."""
+    from triton.errors import TritonError  # noqa: PLC0415 - triton is only loaded where it is used
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (TritonError, RuntimeError, AttributeError, TypeError) as error:
+        raise _NoGluon(error) from error
 
 
 @dataclass(frozen=True)
@@ -168,9 +194,11 @@ def _few_queries(
     longest: int,
 ) -> dict[int, _FewQueries]:
     made: dict[int, _FewQueries] = {}
-    if q.device.type != "cuda" or longest > FEW_ROWS or not has_gluon():
+    if longest > FEW_ROWS or not has_gluon(q.device):
         return made
-    programs = torch.cuda.get_device_properties(q.device).multi_processor_count * WARPS_PER_MULTIPROCESSOR
+    programs = WARPS_PER_MULTIPROCESSOR
+    if q.device.type == "cuda":
+        programs *= torch.cuda.get_device_properties(q.device).multi_processor_count
     rows = block_rows(longest)
     for fmt in table.groups:
         if reads_few_queries(layouts[fmt], q.dtype):

@@ -5,10 +5,12 @@ for one block of query rows, and every share of a launch is about as long as the
 """
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from itertools import groupby, pairwise
 
 import torch
@@ -49,14 +51,39 @@ def reads_few_queries(layout: PageLayout, dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and same and fits(layout.key) and fits(layout.value)
 
 
-@cache
-def has_gluon() -> bool:
-    """Whether the installed Triton has what the kernel is written in, and the GPU its instructions."""
-    try:
-        from triton.experimental.gluon.language.nvidia.ampere import mma_v2  # noqa: F401, PLC0415
-    except ImportError:
+_given_up: set[torch.device] = set()
+
+
+def has_gluon(device: torch.device) -> bool:
+    """Whether `device` has the kernel's instructions, and the installed Triton what it is written in.
+
+    Gluon is experimental and changes from release to release of Triton; the other kernel reads what this one cannot.
+    """
+    if device in _given_up or device.type != "cuda" or torch.version.cuda is None:
         return False
-    return torch.version.cuda is not None and torch.cuda.get_device_capability() >= (8, 9)
+    return torch.cuda.get_device_capability(device) >= (8, 9) and _imports(device)
+
+
+@cache
+def _imports(device: torch.device) -> bool:
+    try:
+        from qvg_paged.kernels import _few_queries_gluon  # noqa: F401, PLC0415
+    except Exception as error:  # whatever another release of Triton raises
+        give_up(device, error)
+        return False
+    return True
+
+
+def give_up(device: torch.device, error: Exception) -> None:
+    """Leave few queries on `device` to the other kernel from now on, and say why."""
+    _given_up.add(device)
+    reason = str(error).strip().splitlines()[:1]
+    warnings.warn(
+        f"few queries are attended by the slower kernel on {device}: Triton {version('triton')} does not compile the "
+        f"Gluon one ({type(error).__name__}{': ' * bool(reason)}{''.join(reason)})",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def block_rows(rows: int) -> int:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_case import Case, build_case
+from attention_case import LAYER, Case, build_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.errors import TritonError
 
-from qvg_paged.kernels import few_queries
+from qvg_paged.kernels import direct_path, few_queries
 from qvg_paged.kernels.attention import AttentionPath, paged_attention
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.formats import DENSE, FORMATS, CentroidType
@@ -137,6 +138,46 @@ def test_shares_cover_every_key_of_every_query_once(
             assert len(slots) <= work.slots
             assert work.ragged or len(slots) == work.slots
     assert not read
+
+
+@pytest.mark.parametrize("error", [TritonError("no such layout\nat 3:1"), RuntimeError("PassManager::run failed")])
+def test_a_kernel_that_does_not_compile_is_given_up_once_and_said_so(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    tries = []
+
+    def fail(*_: object, **__: object) -> None:
+        tries.append(1)
+        raise error
+
+    monkeypatch.setattr(few_queries, "_given_up", set())
+    monkeypatch.setattr(direct_path, "has_gluon", lambda device: device not in few_queries._given_up)
+    monkeypatch.setattr(direct_path, "reads_few_queries", lambda *_: True)
+    monkeypatch.setattr(direct_path, "few_queries_attention", fail)
+    case = build_case([FORMATS["qvg4-int2"]], [[0, 0]], tokens=12)
+    q = torch.randn(2, 2, 64)
+    with pytest.warns(RuntimeWarning, match=f"slower kernel on cpu.*{str(error).splitlines()[0]}"):
+        out, lse = direct(q, case, [0, 2])
+    case.check(q, [0, 2], out, lse, 0.125)
+    out, lse = direct(q, case, [0, 2])
+    case.check(q, [0, 2], out, lse, 0.125)
+    assert len(tries) == 1
+
+
+def test_a_device_that_ran_out_of_memory_is_no_reason_to_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(direct_path, "has_gluon", lambda _: True)
+    monkeypatch.setattr(direct_path, "reads_few_queries", lambda *_: True)
+    monkeypatch.setattr(direct_path, "few_queries_attention", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        direct(torch.randn(2, 2, 64), build_case([FORMATS["qvg4-int2"]], [[0, 0]], tokens=12), [0, 2])
+    assert torch.device("cpu") not in few_queries._given_up
+
+
+def direct(q: torch.Tensor, case: Case, cu: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    return paged_attention(q, case.buffer, case.table, case.layouts, LAYER, cu_seqlens_q=cu, path=AttentionPath.DIRECT)
 
 
 def test_formats_it_cannot_read_are_left_to_the_other_kernel() -> None:
