@@ -29,12 +29,13 @@ class Service:
         """What the plan before cost its tenants."""
         ledger = self._ledger
         config, pool = ledger.open["config"], ledger.open["pool_nbytes"]
+        roomy = ledger.roomy()
         for tenant, name, nbytes, branches in ledger.held:
             cost = config["chunk_cost"] * branches + config["pool_second_cost"] * seconds * nbytes / pool
             stream = ledger.streams[name]
             stream.spent += cost
             ledger.tenants[tenant].service += cost
-            self._dearest = max(self._dearest, cost if ledger.parks else stream.spent)
+            self._dearest = max(self._dearest, cost * config["min_chunks"] if roomy else stream.spent)
         self._slots = max(self._slots, len(ledger.held))
 
     def follow(self) -> None:
@@ -56,8 +57,8 @@ class Service:
     def unit(self) -> float:
         """U: the dearest unit that is not interrupted, by weight, times the streams that run together.
 
-        A unit is a chunk where streams can be parked, and a policy may let tenants get ahead by some chunks before it
-        parks; elsewhere it is a whole stream.
+        A unit is what a stream finishes before it may be parked, and a policy may let tenants get ahead by some chunks
+        before it parks; where not everybody can be parked, it is a whole stream.
         """
         ledger = self._ledger
         least = min((tenant.weight for tenant in ledger.tenants.values()), default=1.0)
