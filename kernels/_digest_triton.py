@@ -24,9 +24,9 @@ def _mix(x):
 
 @triton.jit
 def _digest_kernel(words_ptr, starts_ptr, counts_ptr, out_ptr, PIECE: tl.constexpr, BLOCK: tl.constexpr):
-    index = tl.program_id(1)
+    index = tl.program_id(0)
     start, count = tl.load(starts_ptr + index), tl.load(counts_ptr + index)
-    first = tl.program_id(0).to(tl.int64) * PIECE
+    first = tl.program_id(1).to(tl.int64) * PIECE
     total = tl.zeros((BLOCK,), tl.int64)
     for inside in range(0, PIECE, BLOCK):
         position = first + inside + tl.arange(0, BLOCK)
@@ -38,13 +38,13 @@ def _digest_kernel(words_ptr, starts_ptr, counts_ptr, out_ptr, PIECE: tl.constex
 
 def digest_ranges(buffer: torch.Tensor, starts: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
     """Digests of ``buffer[start : start + size]`` as signed numbers, ``[n]`` int64; multiples of 8 bytes only."""
-    words = buffer.view(torch.int64)
+    words = buffer[: buffer.numel() // 8 * 8].view(torch.int64)
     table = torch.tensor([[start // 8 for start in starts], [size // 8 for size in sizes]], dtype=torch.int64)
     table = table.to(buffer.device, non_blocking=True)
     out = torch.zeros(len(starts), dtype=torch.int64, device=buffer.device)
     pieces = triton.cdiv(max(sizes) // 8, PIECE_WORDS)
     if pieces:
-        _digest_kernel[(pieces, len(starts))](
+        _digest_kernel[(len(starts), pieces)](
             words, table[0], table[1], out, PIECE=PIECE_WORDS, BLOCK=BLOCK_WORDS, num_warps=8
         )
     return out

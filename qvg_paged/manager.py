@@ -1,8 +1,8 @@
 """The cache manager: many streams, one pool.
 
-Threads: every method takes one lock, so bookkeeping is safe from any thread. CUDA streams: all `attend` and `write`
-calls of a manager go to one CUDA stream at a time, the caller's current one; whoever switches orders the two. Memory
-is reused only behind everything launched before it was returned. One manager per device or rank.
+Threads: every method takes one lock, so bookkeeping is safe from any thread. CUDA streams: all `attend`, `write`,
+`park` and `resume` calls of a manager go to one CUDA stream at a time, the caller's current one; whoever switches
+orders the two. Memory is reused only behind everything launched before it was returned. One manager per device or rank.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -128,6 +128,8 @@ def test_digests_of_many_ranges_are_those_of_each_range(backend: Backend) -> Non
     buffer[starts[3] + 77] ^= 1
     assert digest_ranges(buffer, starts, sizes, backend=backend)[3] != expected[3]
     assert digest_ranges(buffer, [], []) == []
+    uneven = buffer[:1021].clone()
+    assert digest_ranges(uneven, [8], [1008], backend=backend) == [digest_bytes(buffer, 8, 1008)]
     for start, size in ((4, 8), (8, 4), (-8, 8), (1 << 18, 8)):
         with pytest.raises(ArgumentError, match="starts, sizes"):
             digest_ranges(buffer, [start], [size], backend=backend)
