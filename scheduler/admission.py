@@ -285,7 +285,7 @@ def _room(books: Books, entry: Entry) -> tuple[Reason, str] | None:
         )
     if books.has_floors and not _leaves_floors(books, entry):
         return Reason.FLOOR, f"needs {entry.need_nbytes} bytes; what is free is promised to other tenants' floors"
-    if entry.state is StreamState.QUEUED and not _is_safe(books, entry):
+    if entry.state is StreamState.QUEUED and not _is_safe(books, entry) and _is_anybody_due(books):
         return Reason.NO_HOST_MEMORY, f"may hold {entry.worst_nbytes} bytes, for which the host has no room left"
     return None
 
@@ -333,6 +333,11 @@ def _is_safe(books: Books, entry: Entry) -> bool:
         if other.backed:
             largest = largest.most(other.worst)
     return books.rules.cache.can_host([*fixed, largest])
+
+
+def _is_anybody_due(books: Books) -> bool:
+    """Whether somebody runs or may come back; parked streams that their quotas keep out hold up nobody else."""
+    return bool(books.state.running) or any(_rights(books, entry) is None for entry in books.state.parked.values())
 
 
 def _squeeze_for(books: Books, entry: Entry) -> bool:
