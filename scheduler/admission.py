@@ -1,187 +1,21 @@
-"""Who fits, who makes room and who gets in: one pass over the line, on the books of one step."""
+"""Who gets in, and who makes way for them: one pass over the line, on the books of one step."""
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
 from operator import attrgetter
-from typing import Protocol
 
-from qvg_paged.ladder import Relief
+from qvg_paged.scheduler.books import Advice, Books
 from qvg_paged.scheduler.plan import Decision, Reason
-from qvg_paged.scheduler.relief import relieve_pool, relieve_tenant
+from qvg_paged.scheduler.relief import relieve_pool
 from qvg_paged.scheduler.request import StreamState
-from qvg_paged.scheduler.snapshot import may_be_parked, system_view
-from qvg_paged.scheduler.state import Entry, Rules, State, total
-from qvg_paged.scheduler.view import StreamView, SystemView
+from qvg_paged.scheduler.snapshot import may_be_parked
+from qvg_paged.scheduler.state import Entry, Rules, State
 from qvg_paged.timeline import Demand
 
-__all__ = ["Advice", "Books", "admit", "squeeze"]
+__all__ = ["admit"]
 
 DECISION = attrgetter("decision")
 TEXT = attrgetter("text")
 BEHIND = "the first in line does not fit yet, and nobody overtakes it"
-
-
-class Advice(Protocol):
-    """A policy's answers, checked: whatever the policy does, these are valid."""
-
-    @property
-    def fault(self) -> str:
-        """What was wrong with them in this step, or empty."""
-
-    def rank(self, view: SystemView) -> Sequence[str]:
-        """Ids of all waiting streams, best first."""
-
-    def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
-        """Ids out of ``view.parkable`` to be given up for `stream`, or because memory is short (None), best first."""
-
-
-class Books:
-    """What is promised while a step is decided.
-
-    Attributes:
-        limit: bytes that may be promised.
-        demand, nbytes: to all running streams.
-        by_tenant: bytes by tenant.
-        demoted, shrunk: decisions about streams that were squeezed in this step, by id.
-        parked: decisions about streams that were parked in this step.
-        news: waiting streams about which something else was decided than before.
-    """
-
-    def __init__(self, rules: Rules, state: State, now: float, seed: int) -> None:
-        self.rules, self.state, self.now, self.seed = rules, state, now, seed
-        self.limit = rules.cache.pool_nbytes if state.limit is None else state.limit
-        self.demand = total(state.running.values())
-        self.nbytes = sum(entry.need_nbytes for entry in state.running.values())
-        self.by_tenant: dict[str, int] = {}
-        for entry in state.running.values():
-            self.by_tenant[entry.tenant] = self.by_tenant.get(entry.tenant, 0) + entry.need_nbytes
-        self.demoted: dict[str, Decision] = {}
-        self.shrunk: dict[str, Decision] = {}
-        self.parked: list[Decision] = []
-        self.news: list[str] = []
-        self._view: SystemView | None = None
-        self.has_floors = any(tenant.spec.floor_nbytes for tenant in state.tenants.values())
-
-    def view(self, *, forced: bool) -> SystemView:
-        """What the policy sees now."""
-        if forced:
-            return system_view(self.rules, self.state, self.now, self.seed, self.by_tenant, forced=True)
-        if self._view is None:
-            self._view = system_view(self.rules, self.state, self.now, self.seed, self.by_tenant, forced=False)
-        return self._view
-
-    @property
-    def is_full(self) -> bool:
-        """Whether as many streams run as may."""
-        slots = self.rules.config.max_running
-        return slots is not None and len(self.state.running) >= slots
-
-    def held(self, tenant: str) -> int:
-        """Bytes promised to a tenant's running streams."""
-        return self.by_tenant.get(tenant, 0)
-
-    def fits(self, entry: Entry | None = None, without: Sequence[Entry] = (), *, running: Demand | None = None) -> bool:
-        """Whether what runs, `entry` besides and `without` left out, fits the pool or what may be used of it.
-
-        `running` is what is promised to running streams if not `demand`.
-        """
-        demands = [(self.demand if running is None else running) - total(without)]
-        room = self.limit
-        if entry is not None:
-            demands.append(entry.need)
-            others = len(self.state.running) - len(without)
-            if self.rules.parking is not None and others:
-                room -= int(room * self.rules.config.headroom)
-        if room == self.rules.cache.pool_nbytes:
-            return self.rules.cache.can_host(demands)
-        return self.rules.cache.can_host(demands, room)
-
-    def add(self, entry: Entry) -> None:
-        """Promise an entry what it needs next."""
-        self._view = None
-        self.demand += entry.need
-        self.nbytes += entry.need_nbytes
-        self.by_tenant[entry.tenant] = self.held(entry.tenant) + entry.need_nbytes
-
-    def lower(self, entry: Entry, relief: Relief) -> None:
-        """Store a running stream more cheaply: `entry` is what it is from now on."""
-        self._view = None
-        old = self.state.running[entry.id]
-        self.demand = self.demand - old.need + entry.need
-        self.nbytes += entry.need_nbytes - old.need_nbytes
-        self.by_tenant[entry.tenant] += entry.need_nbytes - old.need_nbytes
-        self.state.running[entry.id] = entry
-        reason, told = (Reason.SHRUNK, self.shrunk) if relief is Relief.RETRIEVAL else (Reason.DEMOTED, self.demoted)
-        text = f"needs {entry.need_nbytes} bytes of the pool for its next chunk instead of {old.need_nbytes}"
-        told[entry.id] = Decision(entry.id, reason, text, squeeze=entry.squeeze)
-
-    def park(self, entry: Entry, reason: Reason, text: str) -> None:
-        """Move a running stream to the line."""
-        self._view = None
-        self.demand = total(other for other in self.state.running.values() if other is not entry)
-        self.nbytes -= entry.need_nbytes
-        self.by_tenant[entry.tenant] -= entry.need_nbytes
-        decision = Decision(entry.id, reason, text)
-        self.state.park(
-            entry.but(
-                state=StreamState.PARKED,
-                decision=decision,
-                parks=entry.parks + 1,
-                stalls=entry.stalls + 1,
-                since=self.now,
-            )
-        )
-        self.parked.append(decision)
-
-
-def squeeze(books: Books, advice: Advice) -> None:
-    """Make what runs fit the pool, or what is left of it, and every tenant its ceiling, as far as may be.
-
-    Streams are stored more cheaply if that is enough; else one is parked, and so on.
-    """
-    state = books.state
-    over = [tenant for tenant in books.by_tenant if _excess(books, tenant) > 0]
-    if books.rules.parking is None or (not over and books.fits()):
-        return
-    order = _by_default(books, advice.park(books.view(forced=True), None))
-    for tenant in over:
-        for entry in order:
-            if _excess(books, tenant) <= 0 or relieve_tenant(books, tenant, _excess(books, tenant)):
-                break
-            if entry.tenant == tenant and entry.id in state.running:
-                ceiling = state.tenants[tenant].spec.ceiling_nbytes
-                books.park(entry, Reason.SQUEEZED, f"tenant {tenant!r} may hold {ceiling} bytes of the pool")
-    order.sort(key=lambda entry: _within_floor(books, entry))
-    order = [entry for entry in order if entry.id in state.running]
-    while not books.fits() and not relieve_pool(books, order) and order:
-        books.park(state.running[order.pop(0).id], Reason.SQUEEZED, _too_much(books))
-        state.hold = books.rules.config.hold_steps
-
-
-def _too_much(books: Books) -> str:
-    return f"what runs needs more than {books.limit} bytes of the pool"
-
-
-def _excess(books: Books, tenant: str) -> int:
-    ceiling = books.state.tenants[tenant].spec.ceiling_nbytes
-    return 0 if ceiling is None else books.held(tenant) - ceiling
-
-
-def _within_floor(books: Books, entry: Entry) -> bool:
-    floor = books.state.tenants[entry.tenant].spec.floor_nbytes
-    return books.held(entry.tenant) - entry.need_nbytes < floor
-
-
-def _by_default(books: Books, wanted: Iterable[str]) -> list[Entry]:
-    """All that may be parked: first those the policy names, then the latest to arrive."""
-    running = books.state.running
-    first = [running[stream_id] for stream_id in wanted]
-    named = {entry.id for entry in first}
-    rest = [
-        entry
-        for entry in reversed(books.state.by_arrival())
-        if entry.id not in named and may_be_parked(books.rules, books.state, entry, forced=True)
-    ]
-    return first + rest
 
 
 def admit(books: Books, advice: Advice) -> tuple[list[Decision], list[Decision], list[Decision]]:

@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
-from qvg_paged.scheduler.admission import Advice, Books, admit, squeeze
+from qvg_paged.scheduler.admission import admit
+from qvg_paged.scheduler.books import Advice, Books
 from qvg_paged.scheduler.inputs import Input, apply
 from qvg_paged.scheduler.plan import Decision, Plan, Reason
+from qvg_paged.scheduler.pressure import squeeze
 from qvg_paged.scheduler.state import Entry, Rules, State
 
 __all__ = ["decide"]

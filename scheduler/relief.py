@@ -1,20 +1,17 @@
 """The upper rungs of the ladder: running streams are stored more cheaply before anybody is parked or waits."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from qvg_paged.ladder import Relief, Squeeze
 from qvg_paged.scheduler.backend import LadderBackend
+from qvg_paged.scheduler.books import Books
 from qvg_paged.scheduler.state import Entry
 from qvg_paged.timeline import Demand
-
-if TYPE_CHECKING:
-    from qvg_paged.scheduler.admission import Books
 
 __all__ = ["relieve", "relieve_pool", "relieve_tenant"]
 
 
-def relieve_pool(books: "Books", first: Sequence[Entry] = (), wanted: Entry | None = None) -> bool:
+def relieve_pool(books: Books, first: Sequence[Entry] = (), wanted: Entry | None = None) -> bool:
     """Make all that runs, and `wanted` besides, fit; those in `first` go down before the latest to arrive."""
     named = {entry.id for entry in first}
     rest = [entry for entry in reversed(books.state.by_arrival()) if entry.id not in named]
@@ -22,13 +19,13 @@ def relieve_pool(books: "Books", first: Sequence[Entry] = (), wanted: Entry | No
     return relieve(books, order + rest, lambda demand, _: books.fits(wanted, running=demand))
 
 
-def relieve_tenant(books: "Books", tenant: str, excess: int) -> bool:
+def relieve_tenant(books: Books, tenant: str, excess: int) -> bool:
     """Make a tenant's streams hold `excess` bytes less."""
     order = [entry for entry in reversed(books.state.by_arrival()) if entry.tenant == tenant]
     return relieve(books, order, lambda _, saved: saved >= excess)
 
 
-def relieve(books: "Books", order: Sequence[Entry], enough: Callable[[Demand, int], bool]) -> bool:
+def relieve(books: Books, order: Sequence[Entry], enough: Callable[[Demand, int], bool]) -> bool:
     """Relieve streams one after the other, and kind by kind, until it is enough; nothing unless it can be.
 
     Args:
@@ -59,7 +56,7 @@ def relieve(books: "Books", order: Sequence[Entry], enough: Callable[[Demand, in
     return done
 
 
-def _after(books: "Books", ladder: LadderBackend, entry: Entry, relief: Relief) -> Entry | None:
+def _after(books: Books, ladder: LadderBackend, entry: Entry, relief: Relief) -> Entry | None:
     """The entry once relieved, if it may be and needs less for its next chunk."""
     request = entry.request
     fresh = entry.progressed == books.state.step  # comes in with this plan, and may come with bytes of a dearer rung

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from random import Random
 
 from qvg_paged.errors import ArgumentError, StateError
-from qvg_paged.scheduler.admission import Books
 from qvg_paged.scheduler.backend import CacheBackend
+from qvg_paged.scheduler.books import Books
 from qvg_paged.scheduler.checks import check_integer, check_kind, check_number, shown
 from qvg_paged.scheduler.config import Reservation, SchedulerConfig
 from qvg_paged.scheduler.core import decide

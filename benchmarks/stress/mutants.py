@@ -38,11 +38,11 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant("admission", "demands.append(entry.need)", "pass", "a newcomer's bytes are not counted"),
+    Mutant("books", "demands.append(entry.need)", "pass", "a newcomer's bytes are not counted"),
     Mutant("admission", "held + entry.need_nbytes > ceiling", "held > ceiling", "quota forgets the newcomer"),
-    Mutant("admission", "self.demand += entry.need", "pass", "what is admitted is not added to the books"),
-    Mutant("admission", "stalls=entry.stalls + 1", "stalls=0", "parks are not counted"),
-    Mutant("admission", "len(self.state.running) >= slots", "len(self.state.running) > slots", "one stream too many"),
+    Mutant("books", "self.demand += entry.need", "pass", "what is admitted is not added to the books"),
+    Mutant("books", "stalls=entry.stalls + 1", "stalls=0", "parks are not counted"),
+    Mutant("books", "len(self.state.running) >= slots", "len(self.state.running) > slots", "one stream too many"),
     Mutant("state", "del self.running[entry.id]", "pass",
            "a parked stream goes on running"),
     Mutant("admission", "_make_way(books, advice, ready)", "False", "floors and policies cannot make way"),
@@ -50,9 +50,9 @@ MUTANTS = (
            "parked and resumed in one step"),
     Mutant("admission", "chunks_before=entry.chunks", "chunks_before=-9", "no minimum residency"),
     Mutant("admission", "barred.add(entry.tenant)", "first = entry", "one tenant's quota blocks all tenants"),
-    Mutant("admission", "if books.rules.parking is None or (not over and books.fits()):", "if True:",
+    Mutant("pressure", "if books.rules.parking is None or (not over and books.fits()):", "if True:",
            "nobody is parked when streams grow"),
-    Mutant("admission", "ceiling is None else books.held(tenant) - ceiling", "True else 0",
+    Mutant("pressure", "ceiling is None else books.held(tenant) - ceiling", "True else 0",
            "a lowered quota is ignored"),
     Mutant("snapshot", "or entry.id == state.leader ", "", "the leader may be parked"),
     Mutant("snapshot", "entry.stalls >= rules.config.max_parks", "False", "parked without end"),

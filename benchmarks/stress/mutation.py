@@ -42,7 +42,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCHEDULER = ("test_scheduler.py", "test_policies.py", "test_simulator.py", "test_tiers.py")
 TARGETS: dict[str, tuple[str, ...]] = {
     **{f"qvg_paged.scheduler.{name}": SCHEDULER
-       for name in ("admission", "core", "inputs", "state", "snapshot", "guard", "policy", "relief", "tenant")},
+       for name in ("admission", "books", "core", "guard", "inputs", "policy", "pressure", "relief", "snapshot",
+                    "state", "tenant")},
     "qvg_paged.pool": ("test_pool.py", "test_store.py", "test_store_machine.py"),
 }  # fmt: skip
 """Modules, and the tests that are to notice."""

@@ -1,0 +1,127 @@
+"""What a step is decided with: the books of what is promised, and a policy's advice."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from qvg_paged.ladder import Relief
+from qvg_paged.scheduler.plan import Decision, Reason
+from qvg_paged.scheduler.request import StreamState
+from qvg_paged.scheduler.snapshot import system_view
+from qvg_paged.scheduler.state import Entry, Rules, State, total
+from qvg_paged.scheduler.view import StreamView, SystemView
+from qvg_paged.timeline import Demand
+
+__all__ = ["Advice", "Books"]
+
+
+class Advice(Protocol):
+    """A policy's answers, checked: whatever the policy does, these are valid."""
+
+    @property
+    def fault(self) -> str:
+        """What was wrong with them in this step, or empty."""
+
+    def rank(self, view: SystemView) -> Sequence[str]:
+        """Ids of all waiting streams, best first."""
+
+    def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
+        """Ids out of ``view.parkable`` to be given up for `stream`, or because memory is short (None), best first."""
+
+
+class Books:
+    """What is promised while a step is decided.
+
+    Attributes:
+        limit: bytes that may be promised.
+        demand, nbytes: to all running streams.
+        by_tenant: bytes by tenant.
+        demoted, shrunk: decisions about streams that were squeezed in this step, by id.
+        parked: decisions about streams that were parked in this step.
+        news: waiting streams about which something else was decided than before.
+    """
+
+    def __init__(self, rules: Rules, state: State, now: float, seed: int) -> None:
+        self.rules, self.state, self.now, self.seed = rules, state, now, seed
+        self.limit = rules.cache.pool_nbytes if state.limit is None else state.limit
+        self.demand = total(state.running.values())
+        self.nbytes = sum(entry.need_nbytes for entry in state.running.values())
+        self.by_tenant: dict[str, int] = {}
+        for entry in state.running.values():
+            self.by_tenant[entry.tenant] = self.by_tenant.get(entry.tenant, 0) + entry.need_nbytes
+        self.demoted: dict[str, Decision] = {}
+        self.shrunk: dict[str, Decision] = {}
+        self.parked: list[Decision] = []
+        self.news: list[str] = []
+        self._view: SystemView | None = None
+        self.has_floors = any(tenant.spec.floor_nbytes for tenant in state.tenants.values())
+
+    def view(self, *, forced: bool) -> SystemView:
+        """What the policy sees now."""
+        if forced:
+            return system_view(self.rules, self.state, self.now, self.seed, self.by_tenant, forced=True)
+        if self._view is None:
+            self._view = system_view(self.rules, self.state, self.now, self.seed, self.by_tenant, forced=False)
+        return self._view
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many streams run as may."""
+        slots = self.rules.config.max_running
+        return slots is not None and len(self.state.running) >= slots
+
+    def held(self, tenant: str) -> int:
+        """Bytes promised to a tenant's running streams."""
+        return self.by_tenant.get(tenant, 0)
+
+    def fits(self, entry: Entry | None = None, without: Sequence[Entry] = (), *, running: Demand | None = None) -> bool:
+        """Whether what runs, `entry` besides and `without` left out, fits the pool or what may be used of it.
+
+        `running` is what is promised to running streams if not `demand`.
+        """
+        demands = [(self.demand if running is None else running) - total(without)]
+        room = self.limit
+        if entry is not None:
+            demands.append(entry.need)
+            others = len(self.state.running) - len(without)
+            if self.rules.parking is not None and others:
+                room -= int(room * self.rules.config.headroom)
+        if room == self.rules.cache.pool_nbytes:
+            return self.rules.cache.can_host(demands)
+        return self.rules.cache.can_host(demands, room)
+
+    def add(self, entry: Entry) -> None:
+        """Promise an entry what it needs next."""
+        self._view = None
+        self.demand += entry.need
+        self.nbytes += entry.need_nbytes
+        self.by_tenant[entry.tenant] = self.held(entry.tenant) + entry.need_nbytes
+
+    def lower(self, entry: Entry, relief: Relief) -> None:
+        """Store a running stream more cheaply: `entry` is what it is from now on."""
+        self._view = None
+        old = self.state.running[entry.id]
+        self.demand = self.demand - old.need + entry.need
+        self.nbytes += entry.need_nbytes - old.need_nbytes
+        self.by_tenant[entry.tenant] += entry.need_nbytes - old.need_nbytes
+        self.state.running[entry.id] = entry
+        reason, told = (Reason.SHRUNK, self.shrunk) if relief is Relief.RETRIEVAL else (Reason.DEMOTED, self.demoted)
+        text = f"needs {entry.need_nbytes} bytes of the pool for its next chunk instead of {old.need_nbytes}"
+        told[entry.id] = Decision(entry.id, reason, text, squeeze=entry.squeeze)
+
+    def park(self, entry: Entry, reason: Reason, text: str) -> None:
+        """Move a running stream to the line."""
+        self._view = None
+        self.demand = total(other for other in self.state.running.values() if other is not entry)
+        self.nbytes -= entry.need_nbytes
+        self.by_tenant[entry.tenant] -= entry.need_nbytes
+        decision = Decision(entry.id, reason, text)
+        self.state.park(
+            entry.but(
+                state=StreamState.PARKED,
+                decision=decision,
+                parks=entry.parks + 1,
+                stalls=entry.stalls + 1,
+                since=self.now,
+            )
+        )
+        self.parked.append(decision)
