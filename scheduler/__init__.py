@@ -4,10 +4,11 @@ from qvg_paged.scheduler.async_driver import AsyncScheduler
 from qvg_paged.scheduler.async_stream import AsyncStream
 from qvg_paged.scheduler.backend import CacheBackend, LadderBackend, ParkingBackend
 from qvg_paged.scheduler.config import Reservation, SchedulerConfig
+from qvg_paged.scheduler.decision import Decision, Reason
 from qvg_paged.scheduler.engine import Engine, Generator
 from qvg_paged.scheduler.errors import RefusedError, StreamCancelledError, StreamFailedError, StreamLostError
 from qvg_paged.scheduler.log import DecisionLog
-from qvg_paged.scheduler.plan import Decision, Outcome, Plan, Reason
+from qvg_paged.scheduler.plan import Outcome, Plan
 from qvg_paged.scheduler.plugins import available_policies, load_policy
 from qvg_paged.scheduler.policy import FCFS, EarliestDeadline, FairShare, Policy, Priority
 from qvg_paged.scheduler.request import StreamRequest, StreamState

@@ -1,41 +1,42 @@
 """Who gets in, and who makes way for them: one pass over the line, on the books of one step."""
 
-from collections.abc import Sequence, Set
-from operator import attrgetter
+from collections.abc import Iterator, Mapping, Set
 
 from qvg_paged.scheduler.books import Advice, Books
-from qvg_paged.scheduler.plan import Decision, Reason
+from qvg_paged.scheduler.decision import Decision, Reason
+from qvg_paged.scheduler.line import ByKey, Group, Order, Ranking, Waiting
 from qvg_paged.scheduler.relief import relieve_pool
 from qvg_paged.scheduler.request import StreamState
 from qvg_paged.scheduler.snapshot import may_be_parked
-from qvg_paged.scheduler.state import Entry, Rules, State
+from qvg_paged.scheduler.state import BEHIND, QUOTA, Entry, Rules, State
 from qvg_paged.timeline import Demand
 
 __all__ = ["admit"]
 
-DECISION = attrgetter("decision")
-TEXT = attrgetter("text")
-BEHIND = "the first in line does not fit yet, and nobody overtakes it"
 
+def admit(books: Books, advice: Advice) -> tuple[list[Decision], list[Decision], Waiting]:
+    """Who is admitted, who is resumed and why the others wait.
 
-def admit(books: Books, advice: Advice) -> tuple[list[Decision], list[Decision], list[Decision]]:
-    """Who is admitted, who is resumed and why the others wait, in the order of the line."""
+    The line is looked at until somebody in it does not fit and may not be overtaken (any more): all behind are told the
+    same, and those who were told so before are not touched.
+    """
     state, rules = books.state, books.rules
     if not state.queued and not state.parked:
-        return [], [], []
-    line = _line(books, advice.rank(books.view(forced=False)))
+        state.apart, state.group, state.barred = set(), BEHIND, {}
+        return [], [], Waiting()
+    order = _order(books, advice)
     admitted: list[Decision] = []
     resumed: list[Decision] = []
-    waiting: list[Decision] = []
-    barred: set[str] = set()
+    told: dict[str, Decision] = {}
+    barred: dict[str, Group] = {}
+    group = BEHIND
     first: Entry | None = None
     gate: Entry | None = None  # stops newcomers, but not the parked ones that it waits for
-    for place, entry in enumerate(line):
+    for _, stream_id in order.walk(barred.keys()):
         if first is not None and (first.overtaken >= rules.config.overtakes or books.is_full):
-            waiting += _all_wait(books, line[place:], barred, Reason.BEHIND, BEHIND)
             break
-        if entry.tenant in barred or (gate is not None and entry.state is StreamState.QUEUED):
-            waiting += _all_wait(books, [entry], barred, Reason.BEHIND, BEHIND)
+        entry = state.queued.get(stream_id) or state.parked[stream_id]
+        if gate is not None and entry.state is StreamState.QUEUED:
             continue
         ready = rules.need(entry, False) if entry.backed and not _is_backed(books, entry) else entry
         blocked = _obstacle(books, ready)
@@ -48,31 +49,59 @@ def admit(books: Books, advice: Advice) -> tuple[list[Decision], list[Decision],
             first = first and _overtaken(state, first)
             continue
         if blocked[0] is Reason.HOLD_OFF:  # parked ones come first on hold, so only newcomers follow
-            waiting += _all_wait(books, line[place:], barred, *blocked)
+            group = blocked
             break
-        waiting.append(_wait(books, entry, *blocked))
+        told[stream_id] = _wait(books, entry, *blocked)
         if blocked[0] is Reason.QUOTA:
-            barred.add(entry.tenant)
+            barred[entry.tenant] = QUOTA
         elif blocked[0] is Reason.NO_HOST_MEMORY:
             gate = entry
         elif first is None:
             first = entry
     if not state.parked:
         state.hold = 0
-    return admitted, resumed, waiting + books.parked
+    _settle(books, told, group, barred)
+    left = {decision.stream_id for decision in (*admitted, *resumed)}
+    return admitted, resumed, Waiting(order, told, group, barred, left, books.parked)
 
 
-def _line(books: Books, order: Sequence[str]) -> list[Entry]:
-    """Waiting entries in the policy's order, after those that a floor entitles; on hold, parked ones come first."""
+def _order(books: Books, advice: Advice) -> Order:
+    """The line in the policy's order, after those that a floor entitles; on hold, parked ones come first."""
     state = books.state
-    squeezed = {decision.stream_id for decision in books.parked}
+    out = {decision.stream_id for decision in books.parked}
+    view = books.view(forced=False)
+    if advice.keyed:
+        order = ByKey(state.still_lines(), advice.turns(view), out)
+        if state.hold or books.has_floors:
+            ahead = sorted(_ahead(books, out), key=lambda entry: _rank_ahead(books, order, entry))
+            order.ahead = [(entry.tenant, entry.id) for entry in ahead]
+        return order
     known = {**state.queued, **state.parked} if state.parked else state.queued
-    line = [known[name] for name in order if name not in squeezed] if squeezed else list(map(known.__getitem__, order))
+    ranked = advice.rank(view)
+    line = [known[name] for name in ranked if name not in out] if out else list(map(known.__getitem__, ranked))
     if state.hold:
         line.sort(key=lambda entry: entry.state is StreamState.QUEUED)
     if books.has_floors:
         line.sort(key=lambda entry: not _is_claim(books, entry))
-    return line
+    return Ranking(line)
+
+
+def _ahead(books: Books, out: Set[str]) -> Iterator[Entry]:
+    """Who has a claim, and on hold the parked ones besides."""
+    state = books.state
+    if state.hold:
+        yield from (entry for entry in state.parked.values() if entry.id not in out)
+    for name, line in state.lines.items() if books.has_floors else ():
+        if books.held(name) < state.tenants[name].spec.floor_nbytes:
+            entries = [state.queued.get(stream_id) or state.parked[stream_id] for *_, stream_id in line]
+            seen = out if not state.hold else out | state.parked.keys()
+            yield from (entry for entry in entries if entry.id not in seen and _is_claim(books, entry))
+
+
+def _rank_ahead(books: Books, order: ByKey, entry: Entry) -> tuple[bool, bool, tuple[float, int]]:
+    claim = books.has_floors and _is_claim(books, entry)
+    newcomer = bool(books.state.hold) and entry.state is StreamState.QUEUED
+    return not claim, newcomer, order.turn_of(entry.tenant, entry.key, entry.arrival)
 
 
 def _is_claim(books: Books, entry: Entry) -> bool:
@@ -235,23 +264,30 @@ def _start(books: Books, entry: Entry) -> Decision:
     return decision
 
 
-def _all_wait(books: Books, rest: Sequence[Entry], barred: Set[str], reason: Reason, text: str) -> list[Decision]:
-    """The same for many, most of whom have been told so already; tenants in `barred` wait for their quota."""
-    if barred:
-        quota = (Reason.QUOTA, "a stream of its tenant that is before it in line waits for the quota")
-        return [_wait(books, entry, *(quota if entry.tenant in barred else (reason, text))) for entry in rest]
-    decisions = list(map(DECISION, rest))
-    if list(map(TEXT, decisions)).count(text) < len(decisions):
-        for place in [place for place, decision in enumerate(decisions) if decision.text != text]:
-            decisions[place] = _wait(books, rest[place], reason, text)
-    return decisions
-
-
 def _wait(books: Books, entry: Entry, reason: Reason, text: str) -> Decision:
     """The decision that a stream waits; the old one if it says the same."""
-    decision = entry.decision
+    decision = books.state.decision(entry)
     if decision.reason is not reason or decision.text != text:
         decision = Decision(entry.id, reason, text)
-        books.state.keep(entry.but(decision=decision))
         books.news.append(entry.id)
+    if entry.decision is not decision:
+        books.state.keep(entry.but(decision=decision))
     return decision
+
+
+def _settle(books: Books, told: Mapping[str, Decision], group: Group, barred: Mapping[str, Group]) -> None:
+    """Note what those in line are told whom nobody looked at, and to whom of them it is new."""
+    state = books.state
+    apart = {*told, *(decision.stream_id for decision in books.parked)}
+    news: list[tuple[int, str]] = []
+    for stream_id in state.apart - apart:
+        entry = state.queued.get(stream_id) or state.parked.get(stream_id)
+        if entry is not None and (entry.decision.reason, entry.decision.text) != barred.get(entry.tenant, group):
+            news.append((entry.arrival, stream_id))
+    changed = state.lines if group != state.group else barred.keys() ^ state.barred.keys()
+    known = apart | state.apart
+    for name in changed:
+        if barred.get(name, group) != state.barred.get(name, state.group):
+            news += [spot[1:] for spot in state.lines.get(name, ()) if spot[2] not in known]
+    books.news += [stream_id for _, stream_id in sorted(news)]
+    state.apart, state.group, state.barred = apart, group, barred

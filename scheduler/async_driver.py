@@ -21,9 +21,10 @@ from typing import Generic, TypeVar
 from qvg_paged.errors import ArgumentError, StateError
 from qvg_paged.scheduler.async_stream import AsyncStream, Feed
 from qvg_paged.scheduler.checks import check_integer, check_kind, check_number
+from qvg_paged.scheduler.decision import Decision
 from qvg_paged.scheduler.engine import Engine, Generator, Streams, describe
 from qvg_paged.scheduler.errors import RefusedError
-from qvg_paged.scheduler.plan import Decision, Outcome, Plan
+from qvg_paged.scheduler.plan import Outcome, Plan
 from qvg_paged.scheduler.request import StreamRequest
 from qvg_paged.scheduler.scheduler import Scheduler
 from qvg_paged.scheduler.store import TieredCache

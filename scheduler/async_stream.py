@@ -6,8 +6,8 @@ from collections.abc import Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from qvg_paged.scheduler.decision import Decision, Reason
 from qvg_paged.scheduler.errors import StreamCancelledError, StreamFailedError
-from qvg_paged.scheduler.plan import Decision, Reason
 from qvg_paged.scheduler.request import StreamRequest
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from qvg_paged.ladder import Relief
-from qvg_paged.scheduler.plan import Decision, Reason
+from qvg_paged.scheduler.decision import Decision, Reason
+from qvg_paged.scheduler.line import Turns
 from qvg_paged.scheduler.request import StreamState
 from qvg_paged.scheduler.snapshot import system_view
 from qvg_paged.scheduler.state import Entry, Rules, State, total
@@ -20,6 +21,13 @@ class Advice(Protocol):
     @property
     def fault(self) -> str:
         """What was wrong with them in this step, or empty."""
+
+    @property
+    def keyed(self) -> bool:
+        """Whether the key of the rules and `turns` are all that is to be known of the order."""
+
+    def turns(self, view: SystemView) -> Turns | None:
+        """Turns of the tenants in line, where it is; None if the key is everything."""
 
     def rank(self, view: SystemView) -> Sequence[str]:
         """Ids of all waiting streams, best first."""
@@ -116,12 +124,13 @@ class Books:
         self.by_tenant[entry.tenant] -= entry.need_nbytes
         decision = Decision(entry.id, reason, text)
         self.state.park(
+            self.rules,
             entry.but(
                 state=StreamState.PARKED,
                 decision=decision,
                 parks=entry.parks + 1,
                 stalls=entry.stalls + 1,
                 since=self.now,
-            )
+            ),
         )
         self.parked.append(decision)

@@ -12,13 +12,13 @@ have until they finish a chunk, which takes no more than they have. So somebody 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from random import Random
 
 from qvg_paged.scheduler.admission import admit
 from qvg_paged.scheduler.books import Advice, Books
+from qvg_paged.scheduler.decision import Decision, Reason
 from qvg_paged.scheduler.inputs import Input, apply
-from qvg_paged.scheduler.plan import Decision, Plan, Reason
+from qvg_paged.scheduler.plan import Plan
 from qvg_paged.scheduler.pressure import squeeze
 from qvg_paged.scheduler.state import Entry, Rules, State
 
@@ -52,12 +52,12 @@ def decide(
     state.now = now
     state.hold = max(0, state.hold - 1)
     _charge(rules, state, min(elapsed, rules.config.longest_charge))
-    _note_times(state)
+    _note_times(rules, state)
     _lift(state)
     _dismiss_leader(state)
     books = Books(rules, state, now, rng.getrandbits(32))
     squeeze(books, advice)
-    admitted, resumed, waiting = admit(books, advice)
+    admitted, resumed, line = admit(books, advice)
     state.news = (*books.news, *(decision.stream_id for decision in books.parked))
     _elect_leader(state)
     plan = Plan(
@@ -69,33 +69,36 @@ def decide(
         parked=tuple(books.parked),
         resumed=tuple(resumed),
         admitted=tuple(admitted),
-        running=tuple(_advance(rules, entry) for entry in state.by_arrival()),
-        waiting=tuple(waiting),
+        running=_advance(rules, state),
+        line=line,
         policy_fault=advice.fault,
         leader=state.leader,
     )
-    _hand_out(state, plan)
+    for entry in tuple(state.leaving.values()):
+        state.remember(entry)
     return state, plan
 
 
 def _charge(rules: Rules, state: State, seconds: float) -> None:
     """Tenants pay for the latest plan: for its chunks, and for holding memory until now."""
     config = rules.config
+    accounts: dict[str, tuple[float, float]] = {}
     for name, nbytes, chunks in state.charges:
         cost = config.chunk_cost * chunks + config.pool_second_cost * seconds * nbytes / rules.cache.pool_nbytes
         state.dearest_chunk = max(state.dearest_chunk, cost)
-        tenant = state.tenants.get(name)
-        if tenant is not None:
-            virtual_time = tenant.virtual_time + cost / tenant.spec.weight
-            state.tenants[name] = replace(tenant, service=tenant.service + cost, virtual_time=virtual_time)
+        if name in state.tenants:
+            tenant = state.tenants[name]
+            service, virtual_time = accounts.get(name) or (tenant.service, tenant.virtual_time)
+            accounts[name] = service + cost, virtual_time + cost / tenant.spec.weight
+    for name, (service, virtual_time) in accounts.items():
+        state.tenants[name] = state.tenants[name].but(service=service, virtual_time=virtual_time)
     state.charges = ()
 
 
-def _note_times(state: State) -> None:
+def _note_times(rules: Rules, state: State) -> None:
     for stream_id in state.fresh:
-        if stream_id in state.queued:
-            state.queued[stream_id] = state.queued[stream_id].but(since=state.now)
-    state.fresh = ()
+        state.queued[stream_id] = state.join(rules, state.queued[stream_id].but(since=state.now))
+    state.fresh = {}
     for stream_id, entry in state.running.items():
         if entry.chunks and entry.first_chunk is None:
             state.running[stream_id] = entry.but(first_chunk=state.now)
@@ -110,9 +113,9 @@ def _lift(state: State) -> None:
         backlogged = name in in_line
         if backlogged and not tenant.backlogged:
             virtual_time = max(tenant.virtual_time, state.virtual_floor)
-            state.tenants[name] = replace(tenant, backlogged=True, virtual_time=virtual_time)
+            state.tenants[name] = tenant.but(backlogged=True, virtual_time=virtual_time)
         elif tenant.backlogged and not backlogged:
-            state.tenants[name] = replace(tenant, backlogged=False)
+            state.tenants[name] = tenant.but(backlogged=False)
 
 
 def _dismiss_leader(state: State) -> None:
@@ -132,20 +135,17 @@ def _longest_without_progress(entry: Entry) -> tuple[int, int]:
     return entry.progressed, entry.arrival
 
 
-def _advance(rules: Rules, entry: Entry) -> Decision:
-    frames = range(entry.committed, min(entry.committed + rules.cache.frames_per_chunk, entry.request.frames))
-    old = entry.decision
-    if old.frames == frames:
-        return old
-    text = f"frames {frames.start}-{frames.stop - 1} of {entry.request.frames}"
-    return Decision(entry.id, Reason.ADVANCE, text, frames)
-
-
-def _hand_out(state: State, plan: Plan) -> None:
-    for entry in tuple(state.leaving.values()):
-        state.remember(entry)
-    for decision in plan.running:
-        entry = state.running[decision.stream_id]
-        if entry.decision is not decision:
-            state.running[entry.id] = entry.but(decision=decision)
-    state.charges = tuple((entry.tenant, entry.need_nbytes, entry.request.branches) for entry in state.running.values())
+def _advance(rules: Rules, state: State) -> tuple[Decision, ...]:
+    """What everybody who runs does next; they are charged for it with the next step."""
+    most, decisions, charges = rules.cache.frames_per_chunk, [], []
+    for entry in state.by_arrival():
+        request, decision = entry.request, entry.decision
+        frames = range(entry.committed, min(entry.committed + most, request.frames))
+        if decision.frames != frames:
+            text = f"frames {frames.start}-{frames.stop - 1} of {request.frames}"
+            decision = Decision(request.id, Reason.ADVANCE, text, frames)
+            state.running[request.id] = entry.but(decision=decision)
+        decisions.append(decision)
+        charges.append((request.tenant, entry.need_nbytes, request.branches))
+    state.charges = tuple(charges)
+    return tuple(decisions)

@@ -1,7 +1,7 @@
 """How a stream of an `AsyncScheduler` can end other than well. Each error has the decision that says why."""
 
 from qvg_paged.errors import QvgPagedError
-from qvg_paged.scheduler.plan import Decision
+from qvg_paged.scheduler.decision import Decision
 
 __all__ = ["RefusedError", "StreamCancelledError", "StreamFailedError", "StreamLostError"]
 

@@ -15,7 +15,8 @@ from itertools import islice
 from typing import Any, Protocol
 
 from qvg_paged.errors import StateError
-from qvg_paged.scheduler.policy import FCFS, ID, Policy
+from qvg_paged.scheduler.line import Turns
+from qvg_paged.scheduler.policy import FCFS, ID, KeyedPolicy, Policy
 from qvg_paged.scheduler.view import StreamView, SystemView
 
 __all__ = ["Answer", "InPlace", "OutsideLock", "PolicyGuard", "Recorded", "Runner", "Worker"]
@@ -162,7 +163,7 @@ class PolicyGuard:
         policy: whom to ask.
         runner: where.
         strikes: faults after which it is not asked any more.
-        trusted: whether the policy is one of this package, whose answers need no check.
+        trusted: the same policy if it is one of this package, whose answers need no check.
         listen: told of every question: hook, answer as checked (None: the default was used), fault.
 
     Attributes:
@@ -172,7 +173,13 @@ class PolicyGuard:
     """
 
     def __init__(
-        self, policy: Policy, runner: Runner, strikes: int, listen: Listener | None = None, *, trusted: bool = False
+        self,
+        policy: Policy,
+        runner: Runner,
+        strikes: int,
+        listen: Listener | None = None,
+        *,
+        trusted: KeyedPolicy | None = None,
     ) -> None:
         self._policy, self._runner, self._strikes, self._listen = policy, runner, strikes, listen
         self._trusted = trusted
@@ -191,17 +198,24 @@ class PolicyGuard:
         self.fault = ""
         self._runner.begin()
 
+    @property
+    def keyed(self) -> bool:
+        """Whether the policy is one of this package, of which only `turns` is asked."""
+        return self._trusted is not None
+
+    def turns(self, view: SystemView) -> Turns | None:
+        """Turns of the tenants in line; None if the policy's key is everything."""
+        return None if self._trusted is None else self._trusted.turns(view)
+
     def rank(self, view: SystemView) -> Sequence[str]:
         """Ids of all waiting streams, best first."""
-        if self._trusted:
-            return self._policy.rank(view)
         known = set(map(ID, view.waiting))
         return self._ask("rank", lambda: self._policy.rank(view), known, len(known), partial(self._default.rank, view))
 
     def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
         """Ids of running streams to give up, best first."""
-        if self._trusted:
-            return self._policy.park(view, stream)
+        if self._trusted is not None:
+            return self._trusted.park(view, stream)
         default = partial(self._default.park, view, stream)
         return self._ask("park", lambda: self._policy.park(view, stream), view.parkable, 0, default)
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from qvg_paged.errors import ArgumentError
 from qvg_paged.scheduler.checks import check_kind, check_name, one_line, shown
-from qvg_paged.scheduler.plan import Decision, Outcome, Plan, Reason
+from qvg_paged.scheduler.decision import Decision, Reason
+from qvg_paged.scheduler.plan import Outcome, Plan
 from qvg_paged.scheduler.request import StreamRequest, StreamState
 from qvg_paged.scheduler.state import HISTORY, Entry, Rules, State
 from qvg_paged.scheduler.tenant import Tenant, TenantSpec
@@ -103,7 +104,7 @@ def _submit(rules: Rules, state: State, request: StreamRequest) -> Decision:
     text = f"in line; needs {nbytes} bytes of the pool at its worst, {cache.pool_nbytes} bytes in all"
     decision = Decision(request.id, Reason.QUEUED, text)
     state.leaving.pop(request.id, None)
-    state.done.pop(request.id, None)
+    state.forget(request.id)
     state.arrivals += 1
     entry = Entry(request, _copied(request), worst, nbytes, worst, nbytes, state.arrivals, decision)
     refusal = _refusal(rules, state, entry)
@@ -139,8 +140,9 @@ def _refusal(rules: Rules, state: State, entry: Entry) -> tuple[Reason, str] | N
             f"needs {entry.worst_nbytes} bytes of the pool at its worst, its tenant {entry.tenant!r} may hold "
             f"{spec.ceiling_nbytes} bytes; shorten the window or raise the tenant's ceiling"
         )
-    line = state.lines.get(entry.tenant, {})
-    in_line = len(line) - sum(name in state.parked for name in line) if len(line) >= spec.max_queued else 0
+    in_line = len(state.lines.get(entry.tenant, ())) + len(state.fresh)
+    if in_line >= spec.max_queued:
+        in_line = sum(other.tenant == entry.tenant for other in state.queued.values())
     if in_line >= spec.max_queued:
         return Reason.QUEUE_FULL, f"tenant {entry.tenant!r} has {in_line} streams in line, as many as it may"
     if tenant is None and not _make_room(rules, state):
@@ -184,6 +186,7 @@ def _set_tenant(rules: Rules, state: State, name: str, spec: TenantSpec) -> None
     state.tenants[name] = tenant = replace(old, spec=spec, configured=True)
     for group in (state.queued, state.running, state.parked):
         group.update({entry.id: entry.under(tenant) for entry in group.values() if entry.tenant == name})
+    state.sort(rules, name)
 
 
 def _limit(rules: Rules, state: State, nbytes: int | None) -> None:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from qvg_paged.scheduler.decision import Decision
 from qvg_paged.scheduler.inputs import Cancel, Drain, Input, LimitPool, SetTenant, Shutdown, Submit
-from qvg_paged.scheduler.plan import Decision, Plan
+from qvg_paged.scheduler.plan import Plan
 from qvg_paged.scheduler.state import State
 
 __all__ = ["VERSION", "DecisionLog", "describe_input", "describe_plan"]
@@ -85,7 +86,7 @@ def describe_plan(state: State, plan: Plan) -> dict[str, Any]:
         "resumed": [decision.stream_id for decision in plan.resumed],
         "admitted": [decision.stream_id for decision in plan.admitted],
         "running": [_run(state, decision) for decision in plan.running],
-        "waiting": _reasons([entry.decision for entry in waiting.values()]),
+        "waiting": _reasons([state.decision(entry) for entry in waiting.values()]),
         "hold": state.hold > 0,
         "fault": plan.policy_fault,
     }

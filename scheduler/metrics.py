@@ -13,8 +13,9 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from qvg_paged.metrics import TenantLabels, gauge
+from qvg_paged.scheduler.decision import Decision, Reason
 from qvg_paged.scheduler.inputs import Cancel, Input, Report, Shutdown, Submit
-from qvg_paged.scheduler.plan import Decision, Plan, Reason
+from qvg_paged.scheduler.plan import Plan
 from qvg_paged.scheduler.scheduler import Scheduler
 from qvg_paged.scheduler.state import State
 

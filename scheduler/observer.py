@@ -4,8 +4,9 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from qvg_paged.scheduler.decision import Decision
 from qvg_paged.scheduler.inputs import Input
-from qvg_paged.scheduler.plan import Decision, Plan
+from qvg_paged.scheduler.plan import Plan
 from qvg_paged.scheduler.state import State
 
 __all__ = ["Observer", "Observers"]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from qvg_paged.scheduler.books import Advice, Books
-from qvg_paged.scheduler.plan import Reason
+from qvg_paged.scheduler.decision import Reason
 from qvg_paged.scheduler.relief import relieve_pool, relieve_tenant
 from qvg_paged.scheduler.snapshot import may_be_parked
 from qvg_paged.scheduler.state import Entry

@@ -12,12 +12,13 @@ from qvg_paged.scheduler.books import Books
 from qvg_paged.scheduler.checks import check_integer, check_kind, check_number, shown
 from qvg_paged.scheduler.config import Reservation, SchedulerConfig
 from qvg_paged.scheduler.core import decide
+from qvg_paged.scheduler.decision import Decision
 from qvg_paged.scheduler.guard import InPlace, OutsideLock, PolicyGuard, Runner, Worker
 from qvg_paged.scheduler.inputs import Cancel, Drain, Input, LimitPool, Report, SetTenant, Shutdown, Submit, apply
 from qvg_paged.scheduler.log import DecisionLog, describe_input, describe_plan
 from qvg_paged.scheduler.observer import Observer, Observers
-from qvg_paged.scheduler.plan import Decision, Outcome, Plan
-from qvg_paged.scheduler.policy import FCFS, EarliestDeadline, FairShare, Policy, Priority
+from qvg_paged.scheduler.plan import Outcome, Plan
+from qvg_paged.scheduler.policy import FCFS, EarliestDeadline, FairShare, KeyedPolicy, Policy, Priority
 from qvg_paged.scheduler.request import StreamRequest, StreamState
 from qvg_paged.scheduler.state import Entry, Rules, State
 from qvg_paged.scheduler.tenant import TenantSpec
@@ -74,9 +75,10 @@ class Scheduler:
             raise ArgumentError(f"policy: expected an object with rank and park, got {shown(policy)}")
         check_kind("config", config, SchedulerConfig)
         check_integer("seed", seed, -MAX_SEED, MAX_SEED)
-        self._rules = Rules(config, cache)
-        self._foreign = type(policy) not in OWN
-        trusted = runner is None and not self._foreign
+        own: KeyedPolicy | None = policy if type(policy) in OWN else None  # type: ignore[assignment]
+        self._foreign = own is None
+        trusted = own if runner is None else None
+        self._rules = Rules(config, cache) if trusted is None else Rules(config, cache, trusted.key)
         if runner is None:
             budget = config.policy_seconds
             runner = Worker(budget) if self._foreign and budget is not None else InPlace()
@@ -204,7 +206,8 @@ class Scheduler:
         Raises:
             ArgumentError: unknown id.
         """
-        return self._entry(stream_id).decision
+        with self._lock:
+            return self._state.decision(self._state.named(stream_id))
 
     def state(self, stream_id: str) -> StreamState:
         """Where a stream is.

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
@@ -13,15 +14,18 @@ from qvg_paged.ladder import Squeeze
 from qvg_paged.scheduler.backend import CacheBackend, LadderBackend, ParkingBackend
 from qvg_paged.scheduler.checks import shown
 from qvg_paged.scheduler.config import Reservation, SchedulerConfig
-from qvg_paged.scheduler.plan import Decision, Reason
+from qvg_paged.scheduler.decision import Decision, Reason
+from qvg_paged.scheduler.line import Group, Spot
 from qvg_paged.scheduler.request import StreamRequest, StreamState
 from qvg_paged.scheduler.tenant import Tenant
 from qvg_paged.scheduler.view import StreamView
 from qvg_paged.timeline import Demand
 
-__all__ = ["Entry", "Rules", "State", "total"]
+__all__ = ["BEHIND", "QUOTA", "Entry", "Rules", "State", "total"]
 
 HISTORY = 1024
+BEHIND: Group = (Reason.BEHIND, "the first in line does not fit yet, and nobody overtakes it")
+QUOTA: Group = (Reason.QUOTA, "a stream of its tenant that is before it in line waits for the quota")
 ARRIVAL = attrgetter("arrival")
 
 
@@ -35,7 +39,7 @@ class Entry:
         worst, worst_nbytes: pool objects at its worst, all branches, and their bytes.
         need, need_nbytes: what is reserved when it runs next.
         arrival: serial number of its submission.
-        decision: the latest decision about it.
+        decision: the latest decision about it alone; `State.decision` has what it was told with others.
         state: where it is.
         committed: frames committed.
         chunks: chunks finished; `chunks_before` is their number when it last began to run.
@@ -46,6 +50,7 @@ class Entry:
         overtaken: how many streams went before it although it was first in line.
         progressed: step at which it last finished a chunk or began to run.
         squeeze: how far it was squeezed, or None.
+        key: its place in its tenant's line, before arrival.
     """
 
     request: StreamRequest
@@ -70,6 +75,7 @@ class Entry:
     overtaken: int = 0
     progressed: int = 0
     squeeze: Squeeze | None = None
+    key: float = 0.0
 
     @property
     def id(self) -> str:
@@ -81,10 +87,14 @@ class Entry:
         """Who pays."""
         return self.request.tenant
 
-    @cached_property
+    @property
     def view(self) -> StreamView:
-        """What policies see of it."""
-        return StreamView(
+        """What policies see of it, made once (`cached_property` takes a lock)."""
+        found: StreamView | None = self.__dict__.get("_view")
+        if found is not None:
+            return found
+        self.__dict__["_view"] = view = object.__new__(StreamView)  # without the price of a frozen dataclass's fields
+        view.__dict__.update(
             request=self.shown,
             state=self.state,
             arrival=self.arrival,
@@ -97,13 +107,14 @@ class Entry:
             priority=self.priority,
             deadline_fps=self.deadline_fps,
         )
+        return view
 
     def but(self, **changes: Any) -> "Entry":
         """A copy with some fields changed: `dataclasses.replace` at a fifth of its price."""
         other = object.__new__(Entry)
         fields = other.__dict__
         fields.update(self.__dict__)
-        fields.pop("view", None)
+        fields.pop("_view", None)
         fields.update(changes)
         return other
 
@@ -128,10 +139,15 @@ def total(entries: Iterable[Entry]) -> Demand:
 
 @dataclass(frozen=True)
 class Rules:
-    """What does not change: the settings and the cache's arithmetic."""
+    """What does not change: the settings, the cache's arithmetic, and the policy's key if it has one.
+
+    Attributes:
+        key: see `KeyedPolicy.key`; by arrival alone where the policy ranks everybody itself.
+    """
 
     config: SchedulerConfig
     cache: CacheBackend
+    key: Callable[[Entry], float] = lambda _: 0.0
 
     @cached_property
     def parking(self) -> ParkingBackend | None:
@@ -171,8 +187,11 @@ class State:
 
     Attributes:
         queued, running, parked: streams by id; `queued` in order of arrival.
-        lines: ids of queued and parked streams by tenant, in order of arrival; no tenant without any.
+        lines: queued and parked streams by tenant, sorted; no tenant without any, and none that is in `fresh`.
         fresh: ids of queued streams that no step has seen.
+        apart: ids of waiting streams to which `Entry.decision` applies; to the others what their tenant's or
+            everybody's `group` is told.
+        group: why most streams wait; `barred` why those of some tenants do.
         news: ids of waiting streams about which the latest step decided something else than the one before.
         leaving: final ones that no plan has told of yet.
         done: final ones, oldest first.
@@ -189,8 +208,11 @@ class State:
     queued: dict[str, Entry] = field(default_factory=dict)
     running: dict[str, Entry] = field(default_factory=dict)
     parked: dict[str, Entry] = field(default_factory=dict)
-    lines: dict[str, dict[str, int]] = field(default_factory=dict)
-    fresh: tuple[str, ...] = ()
+    lines: dict[str, list[Spot]] = field(default_factory=dict)
+    fresh: dict[str, None] = field(default_factory=dict)
+    apart: set[str] = field(default_factory=set)
+    group: Group = BEHIND
+    barred: Mapping[str, Group] = field(default_factory=dict)
     news: tuple[str, ...] = ()
     leaving: dict[str, Entry] = field(default_factory=dict)
     done: dict[str, Entry] = field(default_factory=dict)
@@ -206,14 +228,28 @@ class State:
     arrivals: int = 0
     step: int = 0
     now: float = -math.inf
+    _own: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def copy(self) -> "State":
         """A state that can be changed without this one noticing."""
         other = copy.copy(self)
-        for name in ("queued", "running", "parked", "leaving", "done", "tenants"):
-            setattr(other, name, dict(getattr(self, name)))
-        other.lines = {name: dict(line) for name, line in self.lines.items()}
+        for name in ("queued", "running", "parked", "leaving", "tenants", "fresh"):
+            setattr(other, name, getattr(self, name).copy())
+        other.apart = set(self.apart)
+        other.lines = self.still_lines()
+        other._own = set()
         return other
+
+    def still_lines(self) -> dict[str, list[Spot]]:
+        """The lines as they are now and stay: whoever changes one from here on makes a copy first."""
+        self._own.clear()
+        return dict(self.lines)
+
+    def decision(self, entry: Entry) -> Decision:
+        """The latest decision about a stream."""
+        if entry.id in self.apart or entry.state not in (StreamState.QUEUED, StreamState.PARKED):
+            return entry.decision
+        return Decision(entry.id, *self.barred.get(entry.tenant, self.group))
 
     def find(self, stream_id: str) -> Entry | None:
         """The stream of that name."""
@@ -240,17 +276,35 @@ class State:
         return sorted((*self.queued.values(), *self.parked.values()), key=ARRIVAL)
 
     def enqueue(self, entry: Entry) -> None:
-        """Put a new stream in line."""
+        """Accept a new stream, which joins the line with the next step."""
         self.queued[entry.id] = entry
-        self.fresh += (entry.id,)
-        self.lines.setdefault(entry.tenant, {})[entry.id] = entry.arrival
+        self.fresh[entry.id] = None
+        self.apart.add(entry.id)
 
-    def park(self, entry: Entry) -> None:
+    def park(self, rules: Rules, entry: Entry) -> None:
         """Move a running stream to its old place in line."""
         del self.running[entry.id]
-        self.parked[entry.id] = entry
-        line = {**self.lines.get(entry.tenant, {}), entry.id: entry.arrival}
-        self.lines[entry.tenant] = dict(sorted(line.items(), key=_place))
+        self.apart.add(entry.id)
+        self.parked[entry.id] = self.join(rules, entry)
+
+    def join(self, rules: Rules, entry: Entry) -> Entry:
+        """Put a stream in line; the entry with its key."""
+        entry = entry.but(key=rules.key(entry))
+        insort(self._line(entry.tenant), (entry.key, entry.arrival, entry.id))
+        return entry
+
+    def sort(self, rules: Rules, tenant: str) -> None:
+        """Put a tenant's streams in line anew, since their keys have changed."""
+        entries = [self.queued.get(name) or self.parked[name] for *_, name in self.lines.pop(tenant, ())]
+        for entry in entries:
+            self.keep(self.join(rules, entry))
+
+    def _line(self, tenant: str) -> list[Spot]:
+        """A tenant's line, to be changed."""
+        if tenant not in self._own:
+            self._own.add(tenant)
+            self.lines[tenant] = list(self.lines.get(tenant, ()))
+        return self.lines.setdefault(tenant, [])
 
     def start(self, entry: Entry) -> None:
         """Move a waiting stream to those that run."""
@@ -260,8 +314,11 @@ class State:
     def _leave_line(self, entry: Entry) -> None:
         if self.queued.pop(entry.id, None) is None and self.parked.pop(entry.id, None) is None:
             return
-        line = self.lines[entry.tenant]
-        del line[entry.id]
+        if entry.id in self.fresh:
+            del self.fresh[entry.id]
+            return
+        line = self._line(entry.tenant)
+        del line[bisect_left(line, (entry.key, entry.arrival, ""))]
         if not line:
             del self.lines[entry.tenant]
 
@@ -289,11 +346,19 @@ class State:
     def remember(self, entry: Entry) -> None:
         """Keep a final entry for questions, the latest 1,024 of them."""
         self.leaving.pop(entry.id, None)
-        self.done.pop(entry.id, None)
-        self.done[entry.id] = entry
-        while len(self.done) > HISTORY:
+        self.forget(entry.id)
+        self._done()[entry.id] = entry
+        if len(self.done) > HISTORY:
             del self.done[next(iter(self.done))]
 
+    def forget(self, stream_id: str) -> None:
+        """A name is used anew."""
+        if stream_id in self.done:
+            del self._done()[stream_id]
 
-def _place(item: tuple[str, int]) -> int:
-    return item[1]
+    def _done(self) -> dict[str, Entry]:
+        """Final entries, to be changed."""
+        if "" not in self._own:  # no tenant has that name
+            self._own.add("")
+            self.done = dict(self.done)
+        return self.done

@@ -222,6 +222,8 @@ class TieredCache:
             self._prefetch_next(plan, total)
 
     def _prefetch_next(self, plan: Plan, promised: Demand) -> None:
+        if all(stream.parked is None for streams in self._branches.values() for stream in streams):
+            return  # the line, which may be long, is written out only if somebody in it can come back
         waiting = (self._branches.get(decision.stream_id, ()) for decision in plan.waiting)
         parked = next((streams for streams in waiting if streams), ())
         counts = object_counts(self.manager.layouts, promised + self.manager.budget.reserve)

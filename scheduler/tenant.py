@@ -1,6 +1,7 @@
 """Tenants: what they may hold, what they are due, what they have had."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from qvg_paged.config import QualityFloor
 from qvg_paged.scheduler.checks import MAX_COUNT, check_integer, check_kind, check_number
@@ -60,6 +61,13 @@ class Tenant:
     service: float = 0.0
     virtual_time: float = 0.0
     backlogged: bool = False
+
+    def but(self, **changes: Any) -> "Tenant":
+        """A copy with some fields changed: `dataclasses.replace` at a fraction of its price."""
+        other = object.__new__(Tenant)
+        other.__dict__.update(self.__dict__)
+        other.__dict__.update(changes)
+        return other
 
 
 def check_fps(value: float | None) -> None:

@@ -1,8 +1,7 @@
 """Read-only snapshots: all that a policy gets to see."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import inf
 
 from qvg_paged.scheduler.request import StreamRequest, StreamState
@@ -40,12 +39,12 @@ class StreamView:
     priority: int
     deadline_fps: float | None
 
-    @cached_property
+    @property
     def id(self) -> str:
         """Its name."""
         return self.request.id
 
-    @cached_property
+    @property
     def tenant(self) -> str:
         """Who pays."""
         return self.request.tenant
@@ -89,7 +88,7 @@ class SystemView:
     now: float
     seed: int
     pool_nbytes: int
-    waiting: tuple[StreamView, ...]
+    waiting: Sequence[StreamView]
     running: tuple[StreamView, ...]
     lines: Mapping[str, tuple[str, ...]]
     parkable: frozenset[str]
