@@ -19,7 +19,7 @@ from world_model.model import WorldModel, load_model
 from world_model.outliers import with_key_outliers
 from world_streams import Shot, generate, model_spec, return_shots
 
-from qvg_paged import AttentionPath, CacheConfig, KVCacheManager, ModelSpec, PageFormat, Timeline, Window
+from qvg_paged import AttentionPath, CacheConfig, ConfigError, KVCacheManager, ModelSpec, PageFormat, Timeline, Window
 from qvg_paged.budget import object_counts, page_layouts
 from qvg_paged.kernels.formats import DENSE
 from qvg_paged.kernels.layout import PageLayout
@@ -46,6 +46,7 @@ class EvalOptions:
         num_centroids: centroids per span, or None for the library's rule.
         variants: "plain" and "outliers" (keys with outlier channels; the same function).
         only: names of rows to run; empty for all.
+        same_bytes: name of the row that is compared with an unquantised window of the same bytes.
         memory: budget of the manager under test.
         path: how attention reads pages, in rows that do not say so themselves.
     """
@@ -62,6 +63,7 @@ class EvalOptions:
     num_centroids: int | None = None
     variants: tuple[str, ...] = ("plain", "outliers")
     only: tuple[str, ...] = ()
+    same_bytes: str = "qvg4-int2"
     memory: str = "6GiB"
     path: AttentionPath = AttentionPath.AUTO
 
@@ -196,7 +198,7 @@ def run(options: EvalOptions, progress: Callable[[str], None] = print) -> dict[s
 
 
 def _run_variant(bench: _Bench, progress: Callable[[str], None], variant: str) -> dict[str, Any]:
-    options = bench.options
+    options, ours = bench.options, _row(bench.options.same_bytes)
     base = Row(name="unquantised, all history", format=DENSE)
     dense = bench.videos(base)
     rows = [{"name": base.name, "bits": bench.bits(base), **bench.compare(dense, dense)}]
@@ -213,8 +215,15 @@ def _run_variant(bench: _Bench, progress: Callable[[str], None], variant: str) -
             f"{scores['dense']['mean']:6.2f} dB   vs truth {scores['truth']['mean']:6.2f} dB   "
             f"{time.perf_counter() - start:5.1f} s"
         )
-    ours = next(row for row in FORMAT_ROWS if row.name == "qvg4-int2")
-    return {"rows": rows, "same_bytes": _same_bytes(bench, dense, replace(ours)), "options": _plain(options)}
+    return {"rows": rows, "same_bytes": _same_bytes(bench, dense, ours), "options": _plain(options)}
+
+
+def _row(name: str) -> Row:
+    """The row of this name."""
+    rows = {row.name: row for row in FORMAT_ROWS}
+    if name not in rows:
+        raise ConfigError(f"same_bytes: expected one of {', '.join(rows)}, got {name!r}")
+    return rows[name]
 
 
 def _plain(options: EvalOptions) -> dict[str, Any]:

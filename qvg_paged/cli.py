@@ -142,6 +142,9 @@ def evaluate(
     centroids: Annotated[int | None, typer.Option(help="Per span and head (default: the library's rule).")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="plain or outliers; repeatable (default: both).")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Run this row; repeatable (default: all).")] = None,
+    same_bytes: Annotated[
+        str, typer.Option(help="Format compared with an unquantised window of its bytes; not with --frontier.")
+    ] = "qvg4-int2",
     frontier: Annotated[
         bool, typer.Option("--frontier", help="Bits against quality: published codecs, candidates, presets.")
     ] = False,
@@ -184,7 +187,7 @@ def evaluate(
         options = module.EvalOptions(
             weights=defaults.weights_path, device=defaults.torch_device.type, worlds=worlds, given=given, seed=seed,
             steps=steps, span_frames=span_frames, num_centroids=centroids, memory=memory, path=path,
-            only=tuple(only or ()), **({"variants": tuple(variant)} if variant else {}),
+            only=tuple(only or ()), same_bytes=same_bytes, **({"variants": tuple(variant)} if variant else {}),
         )  # fmt: skip
         results = module.run(options, lambda line: console.print(line, markup=False, soft_wrap=True))
         config = {**vars(options), "weights": options.weights.name}

@@ -204,10 +204,12 @@ def test_training_runs_saves_and_resumes(tmp_path: Path, monkeypatch: pytest.Mon
     train.main()
     monkeypatch.setattr(sys, "argv", [*arguments, "--resume"])
     train.main()
-    log = json.loads((tmp_path / "log.json").read_text())["log"]
+    results = json.loads((tmp_path / "log.json").read_text())["results"]
+    log = results["log"]
     assert [entry["step"] for entry in log] == [3, 4]
     assert all(0 < entry["loss"] < 100 for entry in log)
-    assert (tmp_path / "w.safetensors").stat().st_size > 10**6
+    assert results["weights"]["nbytes"] == (tmp_path / "w.safetensors").stat().st_size > 10**6
+    assert results["steps"] == 4
 
 
 def test_a_resumed_run_continues_the_one_that_stopped(tmp_path: Path) -> None:
