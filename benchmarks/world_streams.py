@@ -224,14 +224,16 @@ class WorldEngine:
         return WorldStream(shot, stream)
 
     @torch.no_grad()
-    def advance(self, streams: Sequence[WorldStream]) -> None:
+    def advance(self, streams: Sequence[WorldStream], retrieve: Sequence[int] = ()) -> None:
         """One chunk (one frame) of each stream, all in one batch: denoise what is generated, clean pass, commit.
+
+        `retrieve` are frames kept past the window that all of them shall see as well.
 
         Raises:
             OutOfMemoryError: the pool cannot hold all of these chunks; no stream has moved.
             QvgPagedError: a commit failed; streams whose frame was committed have moved, the others have not.
         """
-        chunks = self.cache.begin_chunks([stream.stream for stream in streams])
+        chunks = self.cache.begin_chunks([stream.stream for stream in streams], retrieve=retrieve)
         try:
             with self._autocast():
                 frames = self._frames(streams, chunks)

@@ -2,8 +2,10 @@
 
 import json
 import sys
-from dataclasses import replace
+from argparse import Namespace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,14 +21,19 @@ from quality.loop import Cache, CodedHistory, generate
 from quality.metrics import gmsd, paired_interval
 from quality.outliers import contrast_of, with_contrast
 from quality.paths import KINDS, revisit_paths
+from quality.record import plan
 from quality.report import compare, table
 from quality.rows import REAL_GEOMETRIES, SAME_BYTES_WINDOW, rows_named
+from quality.rungs import ROWS
+from quality.rungs import run as run_rungs
+from quality.synthetic import STATISTICS, synthesise
+from quality.synthetic_error import errors
 from world_model.model import WorldModel, WorldModelConfig, load_model
 from world_model.weights import export
 from world_streams import generate as generate_paged
 from world_streams import model_spec, return_shots
 
-from qvg_paged import FORMATS, QVG, CacheConfig, KVCacheManager
+from qvg_paged import FORMATS, QVG, CacheConfig, Grid, KVCacheManager
 from qvg_paged.cli import app
 from qvg_paged.kernels.formats import Codec
 
@@ -154,6 +161,118 @@ def test_channels_with_scales_of_their_own_survive_outliers() -> None:
         for name, codec in (("kivi", RoundToNearest(block=32, per_channel=True)), ("rtn", RoundToNearest(block=32)))
     }
     assert error["kivi"] < 0.3 * error["rtn"]
+
+
+@dataclass(frozen=True)
+class NoisyKeys(Library):
+    """Keys with an error of known size in some channels."""
+
+    def code(self, x: torch.Tensor, *_: object) -> torch.Tensor:  # type: ignore[override]
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+        return x + noise * torch.linspace(0, 2, 128)
+
+
+def test_corrected_logits_give_noisy_keys_the_attention_that_exact_ones_have(model: WorldModel) -> None:
+    q, k = torch.randn(1, 64, 1, 128), [torch.randn(1, 64, 1, 128) for _ in range(5)]
+
+    def mass(cache: Cache) -> float:
+        history = CodedHistory(model, [cache], 1, 6, 4)
+        for frame in range(5):
+            history.clean = True
+            for layer in range(history.layers):
+                out = history.attend(layer, q, k[frame], torch.full_like(q, float(frame < 4)))
+            if frame < 4:
+                history.commit()
+        return out.mean().item()
+
+    noisy = NoisyKeys(QVG)
+    exact, plain = mass(Cache()), mass(Cache(key=noisy))
+    assert plain > exact + 0.03
+    for corrected in (Cache(key=noisy, correction=1.0), Cache(key=noisy, correction=1.0, correction_pairs=24)):
+        assert abs(mass(corrected) - exact) < 0.4 * (plain - exact)
+
+
+def test_a_warm_start_goes_on_from_the_centroids_of_the_span_before() -> None:
+    x, memory = spanlike(), dict[str, torch.Tensor]()
+    cold = Candidate(centroids=16, iterations=0)
+    warm = replace(cold, warm=True)
+    first, second = warm.code(x, None, memory), warm.code(x, None, memory)
+    lost = [(found - x.float()).square().mean().item() for found in (first, second, cold.code(x))]
+    assert lost[0] < 0.95 * lost[2]
+    assert lost[1] == pytest.approx(lost[0], rel=0.02)
+
+
+def test_integer_centroids_cost_what_fp8_ones_cost_and_read_as_well() -> None:
+    x = spanlike()
+    fp8, integers = (Candidate(centroids=8, centroid_bits=8, centroid_integers=whole) for whole in (False, True))
+    assert integers.bits(512, 128) == fp8.bits(512, 128)
+    lost = [(codec.code(x) - x.float()).square().mean().item() for codec in (fp8, integers)]
+    assert lost[1] == pytest.approx(lost[0], rel=0.05)
+    assert lost[1] != lost[0]
+
+
+def test_rows_on_the_first_paths_see_what_they_see_among_all(model: WorldModel, tmp_path: Path) -> None:
+    paths = revisit_paths(6, given=4)
+    few = paths.first(3)
+    assert len(few) == 3
+    assert torch.equal(paths.noise(5)[:3], few.noise(5))
+    weights = tmp_path / "tiny.safetensors"
+    export(model.state_dict(), weights, {})
+    base = FrontierOptions(weights=(weights,), paths=4, given=6, steps=1, span_frames=3, rows=("rerun",))
+    whole, some = (run(options, lambda _: None)["tiny"]["plain"][0] for options in (base, replace(base, first=2)))
+    assert some["paths"] == 2
+    assert some["truth"]["paths"] == pytest.approx(whole["truth"]["paths"][:2], abs=0.01)
+    assert some["dense"]["mean"] > 60
+
+
+def test_what_matters_most_is_recorded_first_and_on_all_paths() -> None:
+    first = FrontierOptions(weights=(Path("a"),), paths=96)
+    steps = plan(first, Path("b"))
+    assert [step.weights[0].name for step in steps[:4]] == ["a", "b", "a", "b"]
+    assert "presets" in steps[0].rows
+    assert all(step.first == 48 for step in steps if step.rows == ("candidates",))
+
+
+def test_streams_squeezed_while_they_generate_are_compared_from_then_on(model: WorldModel, tmp_path: Path) -> None:
+    weights = tmp_path / "tiny.safetensors"
+    export(model.state_dict(), weights, {})
+    arguments = Namespace(
+        weights=weights, device="cpu", worlds=2, given=10, steps=1, span_frames=5, memory="64MiB"
+    )  # fmt: skip
+    *_, rows = run_rungs(arguments, [row for row in ROWS if "near" not in row.name])
+    found = {row["name"]: row for row in rows}
+    tail, coarse = found["qvg-int4, dense tail"], found["qvg-int4, 2 bits from the turn on"]
+    assert found["unquantised"]["dense"]["mean"] > 80
+    assert tail["dense"]["mean"] > coarse["dense"]["mean"] + 3
+    assert coarse["bits"] < tail["bits"] - 1.5
+    assert coarse["freed_nbytes"] > 0
+    assert found["qvg-int4, 2 bits from half of the way back on"]["from_frame"] == 5
+    assert found["best-2bit, 8 left to retrieve from"]["frames"] == 16
+
+
+@pytest.mark.parametrize("one", STATISTICS, ids=lambda one: f"{one.model} {one.tensor}")
+def test_synthetic_tensors_have_the_statistics_they_are_told(one: Any) -> None:
+    x = synthesise(replace(one, frames=2), heads=2)
+    assert x.shape == (2, 3120, 128)
+    assert x.square().mean().sqrt().item() == pytest.approx(one.rms, rel=0.01)
+    mean = x.mean(1, keepdim=True)
+    assert (mean.square().mean() / x.square().mean()).item() == pytest.approx(one.mean_share, abs=0.01)
+    values = torch.linalg.svdvals(x - mean).square()
+    energy = (values.cumsum(-1) / values.sum(-1, keepdim=True)).mean(0)
+    for rank, reached in zip((1, 4, 8, 16, 32, 64), one.energy, strict=True):
+        assert energy[rank - 1].item() == pytest.approx(reached, abs=0.12)
+    loud = x.abs().median(1).values
+    if one.walls:
+        assert set(loud.mean(0).topk(len(one.walls)).indices.tolist()) == {channel for channel, _ in one.walls}
+
+
+def test_errors_of_a_format_count_its_spans_and_its_quiet_channels() -> None:
+    x = synthesise(replace(STATISTICS[0], frames=1), heads=2).bfloat16()
+    codec = FORMATS["best-2bit"].key
+    whole, cut = errors(x, codec, key=True), errors(x, codec, key=True, span=520)
+    assert whole["error"] < whole["around_mean"] < whole["quiet"] < 1
+    assert cut["bits"] > 2.2
+    assert errors(x, replace(codec, grid=Grid.INT4), key=True)["error"] < 0.4 * whole["error"]
 
 
 def test_gmsd_is_zero_for_equal_frames_and_grows_with_noise() -> None:

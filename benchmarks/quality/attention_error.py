@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quality.codecs import SpanCodec
+from quality.codecs import Memory, SpanCodec
 from quality.loop import CodedHistory, decoded
 
 __all__ = ["AttentionError", "attention_error"]
@@ -37,8 +37,9 @@ def attention_error(history: CodedHistory, key: SpanCodec, value: SpanCodec, giv
     mine, moment = slice(0, history.paths), history.moment(slice(0, history.paths)) if key.uses_queries else None
     k, v = history.keys[:, mine, :tokens], history.values[:, mine, :tokens, :, : history.dim]
     spans = [slice(start, start + span) for start in range(0, tokens, span)]
-    coded_k = torch.cat([decoded(key, k[:, :, some], moment) for some in spans], 2)
-    coded_v = torch.cat([decoded(value, v[:, :, some], None) for some in spans], 2)
+    memories: tuple[dict[int, Memory], dict[int, Memory]] = ({}, {})
+    coded_k = torch.cat([decoded(key, k[:, :, some], moment, memories[0]) for some in spans], 2)
+    coded_v = torch.cat([decoded(value, v[:, :, some], None, memories[1]) for some in spans], 2)
     tables = []
     for layer in range(history.layers):
         exact, coded = (history.turned(keys[layer], slice(0, tokens)).permute(0, 2, 3, 1) for keys in (k, coded_k))

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quality.codecs import asymmetric, hadamard
+from quality.codecs import Memory, asymmetric, hadamard
 from qvg_paged.kernels import _blocks
 from qvg_paged.kernels.backend import Backend, uses_triton
 from qvg_paged.kernels.codec import decode_span, encode_span
@@ -44,6 +44,9 @@ class Candidate:
         centroids: per stage and head, 0 for none.
         stages: smoothing stages.
         centroid_bits: 16, or 8 (FP8 with a scale per head).
+        centroid_integers: eight-bit integers with a scale per head instead of FP8.
+        warm: k-means starts from the centroids of the span before; `iterations` is then that of later spans, the
+            first has ten.
         mean: subtract the mean first (with `rank`).
         rank: principal components kept besides the mean, in place of or beside centroids.
         rank_bits: bits of their coefficients (absmax per token).
@@ -64,6 +67,8 @@ class Candidate:
     centroids: int = 8
     stages: int = 1
     centroid_bits: int = 16
+    centroid_integers: bool = False
+    warm: bool = False
     mean: bool = False
     rank: int = 0
     rank_bits: int = 4
@@ -87,7 +92,7 @@ class Candidate:
         """The same codec with another number of centroids."""
         return replace(self, centroids=count)
 
-    def code(self, x: Tensor, moment: Tensor | None) -> Tensor:
+    def code(self, x: Tensor, moment: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         """`x` ``[heads, tokens, dim]`` as it reads after coding, float32."""
         balance = self._balance(x.float(), moment)
         y = x if self.balance_late else (x.float() / balance).to(x.dtype)
@@ -97,7 +102,7 @@ class Candidate:
         if self.rank:
             base = base + self._low_rank(y.float() - base)
         for stage in range(self.stages if self.centroids else 0):
-            base = base + self._smooth(y, base, stage, balance, moment)
+            base = base + self._smooth(y, base, stage, balance, moment, memory)
         residual = (y.float() - base).to(x.dtype).float()
         if self.balance_late:
             residual = residual / balance
@@ -148,7 +153,9 @@ class Candidate:
         scale = (part.abs().amax(-1, keepdim=True) / top).to(torch.float8_e4m3fn).float().clamp_min(2.0**-9)
         return ((part / scale).round_().clamp_(-top, top) * scale * spread) @ basis.transpose(1, 2)
 
-    def _smooth(self, y: Tensor, base: Tensor, stage: int, balance: Tensor, moment: Tensor | None) -> Tensor:
+    def _smooth(
+        self, y: Tensor, base: Tensor, stage: int, balance: Tensor, moment: Tensor | None, memory: Memory | None
+    ) -> Tensor:
         """The chosen centroid of every token."""
         rest = (y.float() - base).to(y.dtype)
         heads, tokens, _ = rest.shape
@@ -158,15 +165,25 @@ class Candidate:
             weight = _pair_size(moment) * (1.0 if self.balance_late else balance)
             weight = (weight / weight.square().mean(-1, keepdim=True).sqrt()).clamp(0.1, 10.0)
         seen = (rest.float() * weight).to(rest.dtype).contiguous()
-        rows = seed_rows(tokens, heads, self.centroids, 1234 + stage).to(rest.device)
-        start = seen[torch.arange(heads, device=rest.device)[:, None], rows].float()
+        before = memory.get(f"centroids {stage}") if self.warm and memory is not None else None
+        if before is None:
+            rows = seed_rows(tokens, heads, self.centroids, 1234 + stage).to(rest.device)
+            start = seen[torch.arange(heads, device=rest.device)[:, None], rows].float()
+        else:
+            start = before / balance
         ids = torch.empty((heads, tokens), dtype=torch.uint8, device=rest.device)
-        kind = CentroidType.FP8 if self.centroid_bits == 8 else CentroidType.BF16
+        kind = CentroidType.FP8 if self.centroid_bits == 8 and not self.centroid_integers else CentroidType.BF16
         triton = uses_triton(Backend.AUTO, rest.device)
-        found = fit(seen, start, ids, iterations=self.iterations, kind=kind, triton=triton)
+        iterations = 10 if self.warm and before is None else self.iterations
+        found = fit(seen, start, ids, iterations=iterations, kind=kind, triton=triton)
         values = found.values.float() / weight
+        if self.warm and memory is not None:
+            memory[f"centroids {stage}"] = values * balance
         if self.query_distance:
             values = round_centroids(values, kind).values.float()
+        if self.centroid_integers:
+            step = values.abs().amax((1, 2), keepdim=True).clamp_min(1e-20) / 127
+            values = (values / step).round_() * step
         if self.nearest > 1:
             ids = self._least_error(rest.float(), seen, found, values)
         return torch.gather(values, 1, ids.long()[..., None].expand_as(rest))

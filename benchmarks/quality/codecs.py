@@ -15,7 +15,10 @@ from qvg_paged.kernels.formats import Codec
 from qvg_paged.kernels.layout import PartLayout
 from qvg_paged.kernels.rope import RoPELayout
 
-__all__ = ["DenseSpan", "Library", "RoundToNearest", "SpanCodec", "asymmetric", "hadamard"]
+__all__ = ["DenseSpan", "Library", "Memory", "RoundToNearest", "SpanCodec", "asymmetric", "hadamard"]
+
+Memory = dict[str, Tensor]
+"""What a codec keeps from a span to the next one of the same heads."""
 
 
 class SpanCodec(Protocol):
@@ -34,10 +37,11 @@ class SpanCodec(Protocol):
         """The same codec with another number of centroids."""
         ...
 
-    def code(self, x: Tensor, moment: Tensor | None) -> Tensor:
+    def code(self, x: Tensor, moment: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         """`x` ``[heads, tokens, dim]`` as it reads after coding.
 
-        `moment` ``[heads, dim, dim]`` is the sum of ``q q^T`` over queries so far, turned back to keys before RoPE.
+        `moment` ``[heads, dim, dim]`` is the sum of ``q q^T`` over queries so far, turned back to keys before RoPE;
+        `memory` is whatever the codec left in it at the span before.
         """
         ...
 
@@ -60,7 +64,7 @@ class DenseSpan:
         """Itself."""
         return self
 
-    def code(self, x: Tensor, moment: Tensor | None) -> Tensor:  # noqa: ARG002 - the protocol's
+    def code(self, x: Tensor, moment: Tensor | None = None, memory: Memory | None = None) -> Tensor:  # noqa: ARG002
         """`x`."""
         return x
 
@@ -90,7 +94,7 @@ class Library:
         """The same codec with another number of centroids."""
         return replace(self, codec=replace(self.codec, num_centroids=count))
 
-    def code(self, x: Tensor, moment: Tensor | None) -> Tensor:  # noqa: ARG002 - the protocol's
+    def code(self, x: Tensor, moment: Tensor | None = None, memory: Memory | None = None) -> Tensor:  # noqa: ARG002
         """What `decode_span` returns."""
         if self.codec.is_dense:
             return x
@@ -165,7 +169,7 @@ class RoundToNearest:
         """Itself."""
         return self
 
-    def code(self, x: Tensor, moment: Tensor | None) -> Tensor:  # noqa: ARG002 - the protocol's
+    def code(self, x: Tensor, moment: Tensor | None = None, memory: Memory | None = None) -> Tensor:  # noqa: ARG002
         """The nearest levels."""
         y = hadamard(x) if self.rotated else x.float()
         y = y.transpose(1, 2) if self.per_channel else y

@@ -24,7 +24,7 @@ from quality.outliers import with_contrast
 from quality.paths import Paths, revisit_paths
 from quality.rows import REAL_GEOMETRIES, Row, rows_named
 
-__all__ = ["VARIANTS", "FrontierOptions", "run", "run_all"]
+__all__ = ["VARIANTS", "Found", "FrontierOptions", "run", "run_all"]
 
 VARIANTS: dict[str, float | None] = {"plain": None, "9x": 9.0, "13x": 13.0, "150x": 150.0}
 """Contrast of the keys' outlier channels; None leaves the model as trained."""
@@ -45,6 +45,7 @@ class FrontierOptions:
         rows: names of rows, or of sets of rows (`rows.SETS`), for the model as trained.
         outlier_rows: the same for the other variants, which run on half of the paths.
         without: rows to leave out.
+        first: run rows on so many of the paths only; None for all.
         rows_at_once: rows in one batch.
         jobs: processes.
         seconds: no batch is begun after so long.
@@ -60,6 +61,7 @@ class FrontierOptions:
     rows: tuple[str, ...] = ("frontier",)
     outlier_rows: tuple[str, ...] = ("outliers",)
     without: tuple[str, ...] = ()
+    first: int | None = None
     rows_at_once: int = 3
     jobs: int = 1
     seconds: float = 3600.0
@@ -84,14 +86,16 @@ class _Task:
     deadline: float
 
 
+BASES_KEPT = 3
 _bases: dict[tuple[Path, str, int], _Base] = {}
 
 
 def _base(options: FrontierOptions, weights: Path, variant: str) -> _Base:
-    """The unquantised run, made once in a process for each model and variant (the last one is kept)."""
+    """The unquantised run, made once in a process for each model and variant (the last few are kept)."""
     key = (weights, variant, options.paths)
     if key not in _bases:
-        _bases.clear()
+        while len(_bases) >= BASES_KEPT:
+            _bases.pop(next(iter(_bases)))
         model = load_model(weights, options.device)
         side, device = model.config.resolution, options.device
         paths = revisit_paths(options.paths, given=options.given, resolution=side, device=device)
@@ -103,25 +107,41 @@ def _base(options: FrontierOptions, weights: Path, variant: str) -> _Base:
         frames = 2 * options.given
         history = CodedHistory(model, [Cache()], len(paths), frames, options.span_frames, watched=watched, keep=True)
         dense = generate(model, paths, history, steps=options.steps)[0]
+        history.trim(options.given)
         _bases[key] = _Base(model, paths, history, dense)
-    return _bases[key]
+    base = _bases[key]
+    some = options.first
+    return base if some is None else replace(
+        base, paths=base.paths.first(some), history=base.history.first(some), dense=base.dense[:some]
+    )  # fmt: skip
 
 
 def _run_task(task: _Task) -> list[dict[str, Any]]:
-    """Scores of the rows of one batch; those that fail say why."""
+    """Scores of the rows of one batch; of a batch that fails, of each row alone; those that fail then say why."""
     if time.time() > task.deadline:
         return [{"name": name, "skipped": "out of time"} for name in task.rows]
     torch.set_num_threads(1 if task.options.jobs > 1 else torch.get_num_threads())
-    options, rows = task.options, rows_named(task.rows)
     try:
-        base = _base(options, task.weights, task.variant)
-        caches = [row.cache for row in rows]
-        history = CodedHistory(base.model, caches, len(base.paths), 2 * options.given, options.span_frames)
-        videos = generate(base.model, base.paths, history, steps=options.steps)
-        del history
-        return [_scores(base, row, video, options) for row, video in zip(rows, videos, strict=True)]
+        return _run_rows(task)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        return [{"name": name, "skipped": f"{error}\n{traceback.format_exc()[-1500:]}"} for name in task.rows]
+        reason = f"{error}\n{traceback.format_exc()[-1500:]}"
+    if task.options.device == "cuda":
+        torch.cuda.empty_cache()
+    if len(task.rows) == 1:
+        return [{"name": task.rows[0], "skipped": reason}]
+    return [row for name in task.rows for row in _run_task(replace(task, rows=(name,)))]
+
+
+def _run_rows(task: _Task) -> list[dict[str, Any]]:
+    options, rows, began = task.options, rows_named(task.rows), time.perf_counter()
+    base = _base(options, task.weights, task.variant)
+    caches = [row.cache for row in rows]
+    history = CodedHistory(base.model, caches, len(base.paths), 2 * options.given, options.span_frames)
+    videos = generate(base.model, base.paths, history, steps=options.steps)
+    del history
+    scores = [_scores(base, row, video, options) for row, video in zip(rows, videos, strict=True)]
+    seconds = round((time.perf_counter() - began) / len(rows), 2)
+    return [{**score, "seconds": seconds} for score in scores]
 
 
 def _scores(base: _Base, row: Row, video: Tensor, options: FrontierOptions) -> dict[str, Any]:
@@ -168,15 +188,30 @@ def run(options: FrontierOptions, progress: Callable[[str], None] = print) -> di
     return run_all([options], progress)
 
 
-def run_all(plan: Sequence[FrontierOptions], progress: Callable[[str], None] = print) -> dict[str, Any]:
-    """Several sets of options, one after the other; the first says how many processes work on them all."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+Found = dict[str, dict[str, list[dict[str, Any]]]]
+
+
+def run_all(
+    plan: Sequence[FrontierOptions],
+    progress: Callable[[str], None] = print,
+    save: Callable[[Found], None] = lambda _: None,
+) -> Found:
+    """Several sets of options, one after the other; the first says how many processes work on them all.
+
+    `save` is called with what there is after every batch.
+    """
+    found: Found = {}
     tasks = [task for options in plan for task in _tasks(options)]
     for task, scores in _work(tasks, plan[0].jobs):
         mine = found.setdefault(task.weights.stem, {}).setdefault(task.variant, [])
         mine.extend(scores)
         for row in scores:
             progress(_line(task, row))
+        save(_ordered(found))
+    return _ordered(found)
+
+
+def _ordered(found: Found) -> Found:
     order = {row.name: place for place, row in enumerate(rows_named(("frontier", "all")))}
     return {
         model: {variant: sorted(rows, key=lambda row: order[row["name"]]) for variant, rows in variants.items()}
@@ -200,8 +235,8 @@ def _line(task: _Task, row: dict[str, Any]) -> str:
         return f"{task.weights.stem} {task.variant} {row['name']}: {row['skipped']}"
     d, t, a = row["dense"], row["truth"], row["attention"]
     return (
-        f"{task.weights.stem[-2:]} {task.variant:5s} {row['name']:44s} {row['bits']:6.3f} b | dense "
+        f"{task.weights.stem[-5:]} {task.variant:5s} {row['name']:44s} {row['bits']:6.3f} b | dense "
         f"{d['onset']:6.2f} {d['short']:6.2f} {d['long']:6.2f} {d['mean']:6.2f} {d['ssim']:.4f} {d['gmsd']:.4f} "
         f"| truth {t['mean']:6.2f} | K {a['key']:.3f} V {a['value']:.3f} out {a['output']:.4f} "
-        f"top {a['top_key_changes']:.4f}"
+        f"top {a['top_key_changes']:.4f} | {row['seconds']:.1f} s"
     )

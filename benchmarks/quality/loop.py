@@ -5,6 +5,7 @@ what is judged is what a codec does to the numbers, and the paged paths read the
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -16,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from world_model.model import WorldModel, rotate
 from world_model.sampling import noise_levels
 
-from quality.codecs import DenseSpan, SpanCodec
+from quality.codecs import DenseSpan, Memory, SpanCodec
 from quality.paths import Paths
 
 __all__ = ["Cache", "CodedHistory", "decoded", "generate", "prefill"]
@@ -38,6 +39,8 @@ class Cache:
         dense_recent: newest closed frames that stay unquantised.
         window: newest frames that stay visible; None for all.
         correction: multiple of the expected excess of quantised logits that is subtracted from them.
+        correction_pairs: RoPE pairs of each half of the channels in which the excess is looked for: those where the
+            queries meet the largest errors.
         noise: offset to the seed of the sampling noise.
     """
 
@@ -47,6 +50,7 @@ class Cache:
     dense_recent: int = 0
     window: int | None = None
     correction: float = 0.0
+    correction_pairs: int = 32
     noise: int = 0
 
 
@@ -88,9 +92,10 @@ class CodedHistory:
         self.weights: dict[tuple[int, int], Tensor] = {}
         self._cos, self._sin = model.rope_tables(0, frames)
         self.moments: Tensor | None = None
-        if keep or any(cache.key.uses_queries for cache in caches):
+        if keep or self.extra or any(cache.key.uses_queries for cache in caches):
             self.moments = torch.zeros((self.layers, batch, self.heads, self.dim, self.dim), device=device)
         self._generator = torch.Generator().manual_seed(0)
+        self._memories: dict[tuple[int, str], dict[int, Memory]] = {}
 
     def begin_chunk(self) -> "CodedHistory":
         """The history is its own chunk."""
@@ -130,6 +135,20 @@ class CodedHistory:
         """Second moment of the queries of some of the batch, ``[layers * batch * heads, dim, dim]``."""
         return None if self.moments is None else self.moments[:, mine].flatten(0, 2)
 
+    def trim(self, frames: int) -> None:
+        """Forget K and V of all but the first `frames` frames, and what attention read; nothing can be added then."""
+        held = self._slice(0, frames)
+        self.keys, self.values = self.keys[:, :, held].clone(), self.values[:, :, held].clone()
+        self.rotated = self.rotated[:, :, :0].clone()
+
+    def first(self, paths: int) -> "CodedHistory":
+        """The same of the first `paths` paths, of a history with one row; the tensors are shared."""
+        some = copy(self)
+        some.paths, some.queries = paths, {place: q[:paths] for place, q in self.queries.items()}
+        some.keys, some.values, some.rotated = self.keys[:, :paths], self.values[:, :paths], self.rotated[:, :paths]
+        some.moments = None if self.moments is None else self.moments[:, :paths]
+        return some
+
     def turned(self, keys: Tensor, tokens: slice) -> Tensor:
         """`keys` ``[batch, tokens, heads, dim]`` rotated to the positions of `tokens`."""
         return rotate(keys, self._cos[:, tokens], self._sin[:, tokens])
@@ -140,9 +159,12 @@ class CodedHistory:
     def _code(self, row: int, span: int) -> None:
         cache, mine = self.caches[row], slice(row * self.paths, (row + 1) * self.paths)
         first, last = max(span * self.span_frames, cache.dense_first), (span + 1) * self.span_frames
+        if first >= last:
+            return
         some, held = self._slice(first, last), self._slice(first % self.ring, (last - 1) % self.ring + 1)
-        keys = decoded(cache.key, self.keys[:, mine, held], self.moment(mine))
-        values = decoded(cache.value, self.values[:, mine, some, :, : self.dim], None)
+        of_key, of_value = (self._memories.setdefault((row, part), {}) for part in ("key", "value"))
+        keys = decoded(cache.key, self.keys[:, mine, held], self.moment(mine), of_key)
+        values = decoded(cache.value, self.values[:, mine, some, :, : self.dim], None, of_value)
         for layer in range(self.layers):
             self.rotated[layer][mine, some, :, : self.dim] = self.turned(keys[layer], some)
         self.values[:, mine, some, :, : self.dim] = values
@@ -162,10 +184,16 @@ class CodedHistory:
     def _mark(self, row: int, span: int, some: slice, error: Tensor) -> None:
         """Columns of keys with the squared error of each half of the channels, weighted as the span's errors are."""
         mine, error = slice(row * self.paths, (row + 1) * self.paths), error.unflatten(-1, (2, -1))
-        spread = error.square().unflatten(-1, (-1, 2)).mean((2, -1), keepdim=True)  # of each RoPE pair of this span
-        spread = spread.expand(*spread.shape[:-1], 2).flatten(-2)
-        weight = spread / spread.mean(-1, keepdim=True)
-        energy = (error.square() / weight.clamp_min(1e-6)).mean(-1)  # [layers, paths, tokens, heads, 2]
+        spread = error.square().unflatten(-1, (-1, 2)).mean((2, -1))  # of each RoPE pair of this span
+        assert self.moments is not None
+        size = self.moments[:, mine].diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, -1, 2)).mean(-1)
+        # [layers, paths, heads, 2, pairs]: pairs where little happens get no say
+        chosen = (spread * size).topk(min(self.caches[row].correction_pairs, spread.shape[-1]), -1).indices
+        share = torch.zeros_like(spread).scatter_(-1, chosen, 1.0)
+        share, spread = (t.repeat_interleave(2, -1)[:, :, None] for t in (share, spread))
+        weight = share * spread / (share * spread).sum(-1, keepdim=True) * share.sum(-1, keepdim=True)
+        scaled = error.square() / weight.clamp_min(1e-6) * share
+        energy = scaled.sum(-1) / share.sum(-1)  # [layers, paths, tokens, heads, 2]
         slot = 2 * (span % (self.extra // 2))
         columns = slice(self.dim + slot, self.dim + slot + 2)
         self.rotated[:, mine, some, :, columns] = -energy.to(self.dtype)
@@ -182,15 +210,21 @@ class CodedHistory:
         return torch.cat([q, columns], -1)
 
 
-def decoded(codec: SpanCodec, x: Tensor, moment: Tensor | None) -> Tensor:
-    """`x` ``[layers, paths, tokens, heads, dim]`` coded and decoded, every head of every layer by itself."""
+def decoded(
+    codec: SpanCodec, x: Tensor, moment: Tensor | None, memories: dict[int, Memory] | None = None
+) -> Tensor:
+    """`x` ``[layers, paths, tokens, heads, dim]`` coded and decoded, every head of every layer by itself.
+
+    `memories` goes from span to span.
+    """
     layers, paths, tokens, heads, dim = x.shape
     out = torch.empty_like(x)
     for first in range(0, layers, LAYERS_AT_ONCE):
         some = x[first : first + LAYERS_AT_ONCE]
         rows = slice(first * paths * heads, (first + len(some)) * paths * heads)
         mine = moment[rows] if codec.uses_queries and moment is not None else None
-        coded = codec.code(some.transpose(2, 3).reshape(-1, tokens, dim), mine)
+        memory = None if memories is None else memories.setdefault(first, {})
+        coded = codec.code(some.transpose(2, 3).reshape(-1, tokens, dim), mine, memory)
         out[first : first + len(some)] = coded.to(x.dtype).view(-1, paths, heads, tokens, dim).transpose(2, 3)
     return out
 

@@ -1,7 +1,7 @@
 """Camera paths that come back: out and back, two turns on the spot, and walks that return and set out again."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ class Paths:
 
     def __len__(self) -> int:
         return len(self.poses)
+
+    def first(self, count: int) -> "Paths":
+        """The first `count` of them; their noise is the same."""
+        return replace(self, frames=self.frames[:count], poses=self.poses[:count], source=self.source[:count])
 
     @property
     def kind(self) -> list[str]:

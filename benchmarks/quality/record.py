@@ -1,8 +1,9 @@
 """The recorded frontier: models, variants and rows in order of importance, as far as a time limit lets them.
 
-    python benchmarks/quality/record.py --weights V1 --also V0 --seconds 60 --jobs 3 --json frontier.json
+    python benchmarks/quality/record.py --weights V1 --also SMALL --seconds 200 --jobs 4 --json frontier.json
 
-The same as ``qvg-paged eval --frontier``, except that what matters most is run first and on the most paths.
+The same as ``qvg-paged eval --frontier``, except that what matters most is run first and on the most paths. The result
+file is written anew after every batch.
 """
 
 import argparse
@@ -15,35 +16,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import results_file
 
-from quality.frontier import FrontierOptions, run_all
+from quality.frontier import Found, FrontierOptions, run_all
 
-RIVALS = ("QVG int2 Kc=8", "QVG int2 Kc=16", "qvg4-int2 Kc=8")
-CONTROLS = ("other noise", "last 25 frames (bytes of best-2bit)")
+RIVALS = ("QVG int2 Kc=8", "QVG int2 Kc=16", "qvg4-int2 Kc=8", "QVG int2 asymmetric B64 Kc=8")
+OUTLIERS = ("9x", "150x", "13x")
 
 
 def plan(first: FrontierOptions, also: Path | None) -> list[FrontierOptions]:
-    """Presets and rivals, other models, outlier channels, then everything else."""
-    second = [] if also is None else [replace(first, weights=(also,), paths=48, rows=(*FINALS, *RIVALS, *CONTROLS))]
-    return [
-        replace(first, rows=(*FINALS, *RIVALS)),
-        *(replace(o, variants=("plain",)) for o in second),
-        replace(first, variants=("150x", "13x", "9x"), rows_at_once=5),
-        replace(first, rows=CONTROLS),
-        replace(first, rows=("finalists", "baselines", "controls"), without=(*FINALS, *RIVALS, *CONTROLS)),
+    """Presets and rivals, then finalists, baselines, outlier channels and, on half of the paths, every candidate."""
+    sets = [
+        replace(first, rows=("presets", *RIVALS)),
+        replace(first, rows=("finalists",)),
+        replace(first, rows=("baselines", "controls"), without=RIVALS),
+        replace(first, variants=OUTLIERS, rows_at_once=2 * first.rows_at_once),
+        *(
+            replace(first, rows=(name,), first=first.paths // 2, rows_at_once=2 * first.rows_at_once)
+            for name in ("beside", "candidates")
+        ),
     ]
-
-
-FINALS = (
-    "2 bits, knee, Kc=32/16",
-    "2 bits, knee, Kc=42/10",
-    "2 bits, knee, Kc=25/25",
-    "2 bits, spread, Kc=32/16",
-    "2 bits, knee, V balanced, Kc=32/16",
-    "2 bits, knee, query-shaped rounding 2, Kc=32/16",
-    "K int4, V 2 bits, Kc=16/21",
-    "K 2 bits, V int4, Kc=21/16",
-    "4 bits, blocks of 128, Kc=32",
-)
+    models = [*first.weights, *([also] if also else [])]
+    return [replace(some, weights=(model,)) for some in sets for model in models]
 
 
 def main() -> None:
@@ -56,19 +48,24 @@ def main() -> None:
     parser.add_argument("--given", type=int, default=32)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--span-frames", type=int, default=16)
+    parser.add_argument("--rows-at-once", type=int, default=2, help="in one batch; twice as many on half of the paths")
     parser.add_argument("--jobs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     first = FrontierOptions(
         weights=(arguments.weights,), device=arguments.device, paths=arguments.paths, given=arguments.given,
-        steps=arguments.steps, span_frames=arguments.span_frames, jobs=arguments.jobs, seconds=arguments.seconds,
+        steps=arguments.steps, span_frames=arguments.span_frames, rows_at_once=arguments.rows_at_once,
+        jobs=arguments.jobs, seconds=arguments.seconds,
     )  # fmt: skip
     start = time.monotonic()
-    results = run_all(plan(first, arguments.also), lambda line: print(line, flush=True))
-    config = {**vars(arguments), "seconds_taken": time.monotonic() - start}
-    config |= {name: getattr(arguments, name).name for name in ("weights", "also") if getattr(arguments, name)}
-    results_file.write(arguments.json, results_file.result(device=arguments.device, config=config, results=results))
+
+    def save(results: Found) -> None:
+        config = {**vars(arguments), "seconds_taken": time.monotonic() - start}
+        config |= {name: getattr(arguments, name).name for name in ("weights", "also") if getattr(arguments, name)}
+        results_file.write(arguments.json, results_file.result(device=arguments.device, config=config, results=results))
+
+    save(run_all(plan(first, arguments.also), lambda line: print(line, flush=True), save))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,15 @@ def pair(name: str, key: SpanCodec, value: SpanCodec, **changes: object) -> Row:
 
 SAME_BYTES_WINDOW = 25
 """Unquantised frames that cost a stream what all 64 frames of the shipped model cost in `best-2bit`, peak bytes."""
-BALANCES = ("knee", "root", "spread")
+OUTLIER_ROWS = (
+    "QVG int2 Kc=8",
+    "QVG int2 Kc=16",
+    "qvg4-int2 Kc=8",
+    *(f"2 bits, {balance}, Kc=32/16" for balance in ("knee", "root", "spread")),
+    "2 bits, knee, Kc=25/25",
+    "2 bits, knee, V balanced, Kc=32/16",
+    "2 bits, with queries (balance and rounding), Kc=25/25",
+)
 PRESETS = ("best-2bit", "balanced", "near-lossless")
 CONTROLS = (
     Row(name="rerun", cache=Cache(), group="control"),
@@ -158,6 +166,8 @@ def finalists() -> list[Row]:
         pair("2 bits, knee, V balanced, Kc=32/16", replace(k, centroids=32),
              replace(v, centroids=16, balance="channel")),
         ours("knee, query-shaped rounding 2", 32, 16, feedback=2.0),
+        pair("2 bits, with queries (balance and rounding), Kc=25/25",
+             replace(k, centroids=25, balance="query", feedback=1.0), replace(v, centroids=25, balance="channel")),
         ours("knee", 8, 8),
         pair("4 bits, blocks of 64, Kc=16", *(replace(c, levels="int4", centroids=16, block=64) for c in (k, v))),
     ]  # fmt: skip
@@ -209,6 +219,10 @@ def candidates() -> list[Row]:
         changed("centroid of least error among 4", nearest=4),
         changed("30 iterations", iterations=30),
         changed("3 iterations", iterations=3),
+        changed("1 iteration", iterations=1),
+        changed("warm start, 10 iterations", warm=True),
+        changed("warm start, 1 iteration", warm=True, iterations=1),
+        changed("INT8 Kc=8", **fp8, centroid_integers=True),
         keys("query-aware centroids", query_distance=True),
         keys("query-shaped rounding 0.3", feedback=0.3),
         keys("query-shaped rounding 1", feedback=1.0),
@@ -219,11 +233,13 @@ def candidates() -> list[Row]:
         changed("mean + 8 components", centroids=0, rank=8),
         changed("mean + 8 components, blocks of 128", centroids=0, rank=8, block=128),
         changed("4 components beside centroids", rank=4),
+        changed("4 components beside FP8 Kc=8, blocks of 128", **fp8, rank=4, block=128),
         changed("mean only", centroids=0, mean=True),
         changed("token-axis scales, blocks of 64", axis="token", balance="none"),
         keys("K token-axis scales, blocks of 128", axis="token", block=128),
         pair("logit correction 1", K, V, correction=1.0),
         pair("logit correction 0.5", K, V, correction=0.5),
+        pair("logit correction 0.5 in 8 + 8 pairs", K, V, correction=0.5, correction_pairs=8),
         pair("first frame dense", K, V, dense_first=1),
         pair("first 4 frames dense", K, V, dense_first=4),
         pair("newest 4 frames dense", K, V, dense_recent=4),
@@ -239,20 +255,42 @@ def candidates() -> list[Row]:
     ]
 
 
+def beside_preset() -> list[Row]:
+    """What could be added to `best-2bit` and to QVG."""
+    preset = FORMATS["best-2bit"]
+    key, value = Library(preset.key), Library(preset.value, key=False)
+    qvg = replace(QVG, num_centroids=8)
+    theirs = (Library(qvg), Library(qvg, key=False))
+    return [
+        pair("best-2bit, first frame dense", key, value, dense_first=1),
+        pair("best-2bit, first 4 frames dense", key, value, dense_first=4),
+        pair("best-2bit, newest 4 frames dense", key, value, dense_recent=4),
+        pair("best-2bit, newest 16 frames dense", key, value, dense_recent=16),
+        pair("best-2bit, logit correction 1", key, value, correction=1.0),
+        pair("best-2bit, logit correction 0.5", key, value, correction=0.5),
+        pair("best-2bit, logit correction 0.5 in 8 + 8 pairs", key, value, correction=0.5, correction_pairs=8),
+        pair("QVG int2 Kc=8, logit correction 1", *theirs, correction=1.0),
+        pair("QVG int2 Kc=8, logit correction 0.5", *theirs, correction=0.5),
+        pair("QVG int2 Kc=8, first 4 frames dense", *theirs, dense_first=4),
+        pair("QVG int2 Kc=8, newest 16 frames dense", *theirs, dense_recent=16),
+    ]
+
+
 SETS: dict[str, list[Row]] = {
     "presets": presets(),
     "controls": list(CONTROLS),
     "baselines": baselines(),
     "finalists": finalists(),
+    "beside": beside_preset(),
     "candidates": candidates(),
 }
 SETS["outliers"] = [
     row
     for row in (*SETS["presets"], *SETS["finalists"], *SETS["baselines"])
-    if row.name in {*PRESETS, "QVG int2 Kc=8", "QVG int2 Kc=16", *(f"2 bits, {b}, Kc=32/16" for b in BALANCES)}
+    if row.name in {*PRESETS, *OUTLIER_ROWS}
 ]
 SETS["frontier"] = [*SETS["presets"], *SETS["finalists"], *SETS["baselines"], *SETS["controls"]]
-SETS["all"] = [*SETS["frontier"], *SETS["candidates"]]
+SETS["all"] = [*SETS["frontier"], *SETS["beside"], *SETS["candidates"]]
 """Rows that are run together."""
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import results_file
+
 from world_model.evaluate import report, return_paths
 from world_model.model import WorldModel, WorldModelConfig
 from world_model.muon import Muon
