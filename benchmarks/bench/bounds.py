@@ -15,6 +15,7 @@ from bench.decode import OURS
 from bench.dense_baselines import CUDNN, FLASH
 from bench.encode import RELEASED
 from bench.manager import ALL, BOOKKEEPING
+from bench.presets import PLAIN
 from bench.ragged import EVEN, SINGLE
 from bench.rows import median_ms
 from bench.xformers_paged import SPLIT_K
@@ -107,6 +108,8 @@ BOUNDS: dict[str, Bound] = {
     "encode": Bound(faster(("qvg4-int2",), (RELEASED,)), 3.0, 5.0),
     "encode, its format": Bound(faster(("qvg-int2",), (RELEASED,)), 3.0, 5.0),
     "encode, error": Bound(_note_ratio("qvg-int2", RELEASED, "relative_error"), 1.01, None, "x", at_least=False),
+    "presets, encode": Bound(faster(("best-2bit",), (PLAIN,)), 1 / 1.5),
+    "presets, read path": Bound(faster(("best-2bit",), (PLAIN,)), 1 / 1.03),
     "decode": Bound(_rate(OURS, "roofline_share"), 0.80, 0.90, "of copy"),
     "decode with RoPE": Bound(_rate(OURS, "roofline_share"), 0.65, 0.90, "of copy"),
     "bookkeeping": Bound(_microseconds(BOOKKEEPING), 60, 20, "us", at_least=False),

@@ -22,7 +22,7 @@ __all__ = ["ENCODED", "RELEASED", "encode_cases"]
 
 RELEASED = "released"
 SETS = 3
-ENCODED = ("qvg4-int2", "qvg-int2", "qvg-int4", "qvg-pro-int2")
+ENCODED = ("qvg4-int2", "qvg-int2", "qvg-int4", "qvg-pro-int2", "best-2bit", "balanced", "near-lossless")
 CHECKED_HEADS = 2
 ERROR_FACTOR = 1.01
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -36,7 +36,7 @@ def encode_cases(bench: Bench) -> Iterator[Case]:
     yield Case(
         "encode", f"K and V of a span [{heads}, {frames * tokens:,}, {dim}]", about,
         lambda: _encoders(bench, frames, tokens, heads, dim), RELEASED if bench.released else ENCODED[0],
-        ("encode", "encode, its format", "encode, error"),
+        ("encode", "encode, its format", "encode, error", "presets, encode"),
     )  # fmt: skip
 
 

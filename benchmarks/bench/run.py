@@ -13,6 +13,7 @@ from bench.chunk_loop import chunk_loop_cases
 from bench.decode import decode_cases
 from bench.encode import encode_cases
 from bench.manager import manager_cases
+from bench.presets import preset_cases
 from bench.ragged import ragged_cases
 from bench.roofline import Ceilings
 from bench.rows import Case, run_case
@@ -29,7 +30,7 @@ def cases(bench: Bench) -> Iterator[Case]:
     """All rows of the parts asked for, cheapest parts first."""
     made = {
         "manager": (manager_cases,), "encode": (encode_cases,), "decode": (decode_cases,),
-        "attention": (ragged_cases, chunk_loop_cases, attention_cases),
+        "attention": (preset_cases, ragged_cases, chunk_loop_cases, attention_cases),
     }  # fmt: skip
     for part, makers in made.items():
         if part in bench.options.parts:
