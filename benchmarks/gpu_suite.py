@@ -1,4 +1,5 @@
-"""Everything that only a GPU can show, in one go: tests, comparison with the released code, demo, evaluation, speed.
+"""Everything that only a GPU can show, in one go: tests, comparison with the released code, demo, evaluation, speed,
+parking, memory checks.
 
     python benchmarks/gpu_suite.py --out runs/gpu [--official PATH] [--only tests --only eval] [--weights FILE]
 
@@ -51,6 +52,7 @@ def steps(out: Path, official: Path | None, weights: Path | None, eval_arguments
         ),
         Step("bench", bench, 260),
         Step("park", [python, str(BENCHMARKS / "park_bench.py"), "--json", str(out / "park.json")], 120),
+        Step("sanitize", [python, str(BENCHMARKS / "sanitize.py"), "--json", str(out / "sanitize.json")], 500),
     ]
     if official is not None:
         compare = [python, str(BENCHMARKS / "compare_released.py"), "--official", str(official)]
