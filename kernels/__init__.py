@@ -8,6 +8,7 @@ from qvg_paged.kernels.decode import decode_pages, read_centroids
 from qvg_paged.kernels.digest import digest_bytes
 from qvg_paged.kernels.encode import encode_part, encode_workspace_nbytes
 from qvg_paged.kernels.layout import GRANULE, LAYOUT_VERSION, PageLayout, PartLayout
+from qvg_paged.kernels.lookahead import Lookahead
 from qvg_paged.kernels.merge import merge_partials
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Backend",
     "BlockTable",
     "EncodedSpan",
+    "Lookahead",
     "PageLayout",
     "PartLayout",
     "attention_workspace_nbytes",

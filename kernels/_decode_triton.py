@@ -14,6 +14,7 @@ import triton.language as tl
 from qvg_paged.kernels._span_plan import cdiv
 from qvg_paged.kernels._tokens_triton import check_power_of_two
 from qvg_paged.kernels.formats import CentroidType
+from qvg_paged.kernels.launch import launch
 from qvg_paged.kernels.layout import GRANULE, TILE_TOKENS, PartLayout, code_rows
 from qvg_paged.kernels.rope import RoPELayout, RoPETables
 
@@ -266,7 +267,8 @@ def decode_pages(
     tables = [table if rope is None else table.contiguous() for table in given]
     if codec.is_dense:
         blocks = cdiv(layout.tokens, 32)
-        _dense_kernel[(blocks * len(pages), heads)](
+        launch(
+            _dense_kernel, (blocks * len(pages), heads),
             out, raw.view(layout.dtype), pages, *tables, part_offset, layout.tokens, heads, blocks, *pairs,
             out.stride(0), out.stride(1), D=dim, R=32, ROPE=rope is not None, INTERLEAVED=interleaved, UNIT=GRANULE,
             ITEM=layout.dtype.itemsize, num_warps=4, enable_fp_fusion=False,
@@ -278,7 +280,8 @@ def decode_pages(
     shape = DECODE if rope is None else TURNED
     block, warps = (shape["R"], shape["num_warps"]) if dim <= 128 else (8, 4)
     blocks, together = cdiv(rows, block), min(shape["H"], heads)
-    _decode_kernel[(blocks * len(pages), cdiv(heads, together))](
+    launch(
+        _decode_kernel, (blocks * len(pages), cdiv(heads, together)),
         out, raw, raw.view(torch.float8_e4m3fn), raw.view(torch.bfloat16), raw.view(torch.float32), pages, codebooks,
         *tables, part_offset, codebook_part_offset, offsets["scales"], offsets.get("ids", 0),
         offsets.get("centroid_scales", 0), offsets.get("balance", 0), layout.tokens, heads, layout.num_centroids, rows,

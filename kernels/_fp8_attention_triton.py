@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from qvg_paged.kernels._fp8_decode_triton import read_unit
+from qvg_paged.kernels.launch import launch
 
 if TYPE_CHECKING:
     from qvg_paged.kernels.fp8_attention import Fp8Shape
@@ -130,7 +131,8 @@ def _quantise_queries_kernel(
 def quantise_queries(q: torch.Tensor, heads: int, split: bool, out: torch.Tensor, scales: torch.Tensor) -> None:
     """Launch; arguments as in `qvg_paged.kernels.fp8_attention.quantise_queries`."""
     rows, dim = out.shape[1:]
-    _quantise_queries_kernel[(triton.cdiv(rows, 32), len(out))](
+    launch(
+        _quantise_queries_kernel, (triton.cdiv(rows, 32), len(out)),
         out, scales, q, rows, heads, q.shape[2] // heads, *q.stride()[:3], HEAD_DIM=dim, SPLIT=split, M=32, num_warps=4
     )
 
@@ -150,7 +152,8 @@ def attend(
 ) -> None:
     """Launch; arguments as in `qvg_paged.kernels.fp8_attention.attend`."""
     problems, rows, dim = queries.shape
-    _attention_kernel[(triton.cdiv(rows, shape.rows), len(out), problems)](
+    launch(
+        _attention_kernel, (triton.cdiv(rows, shape.rows), len(out), problems),
         out, lse, queries, query_scales, keys, values, bounds, scale * LOG2_E, rows, num_keys, keys.shape[1], len(out),
         heads, out.shape[2] // heads, HEAD_DIM=dim, M=shape.rows, N=shape.keys,
         num_warps=shape.num_warps, num_stages=shape.num_stages,

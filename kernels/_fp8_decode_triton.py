@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 
 from qvg_paged.kernels._page_tiles import part_bytes, part_code
+from qvg_paged.kernels.launch import launch
 from qvg_paged.kernels.layout import GRANULE, TILE_TOKENS, PageLayout, PartLayout
 from qvg_paged.kernels.rope import RoPELayout, RoPETables
 
-__all__ = ["bound_pages", "decode_part", "read_unit"]
+__all__ = ["bound_pages", "clear_bounds", "decode_part", "read_unit"]
 
 ROWS = {"keys": (16, 4), "turned": (32, 4), "values": (16, 2)}
 """Rows of codes that a program decodes, for heads of up to 128 channels, and its warps."""
@@ -83,6 +84,12 @@ def _bound_part(
                 column *= tl.load(scales + stage * heads + head)
             total += column
         _raise_bound(bounds + 1, tl.max(total * factors, 0))
+
+
+@triton.jit(do_not_specialize=["count"])
+def _clear_kernel(bounds, count, N: tl.constexpr):
+    at = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(bounds + at, tl.zeros([N], tl.float32), mask=at < count)
 
 
 @triton.jit(do_not_specialize=ANYWHERE)
@@ -252,6 +259,11 @@ def _decode_kernel(  # noqa: PLR0915 - one pass whose tiles stay in registers
         tl.store(target + (start // per_byte + row)[:, None], word.to(words.dtype.element_ty), mask=live)
 
 
+def clear_bounds(bounds: torch.Tensor) -> None:
+    """Launch; arguments as in `qvg_paged.kernels.reference_fp8.clear_bounds`."""
+    launch(_clear_kernel, (triton.cdiv(bounds.numel(), 256),), bounds, bounds.numel(), N=256)
+
+
 def bound_pages(
     buffer: torch.Tensor,
     pages: torch.Tensor,
@@ -264,7 +276,8 @@ def bound_pages(
 ) -> None:
     """Launch; arguments as in `qvg_paged.kernels.fp8_attention.bound_pages`."""
     key, value = layout.key, layout.value
-    _bound_kernel[(len(pages), key.heads, 2)](
+    launch(
+        _bound_kernel, (len(pages), key.heads, 2),
         bounds, values, buffer, pages, codebooks, key.tokens, key.heads, len(pages) * key.heads // len(bounds),
         num_keys, values.shape[2], part_bytes(key, layout.key_offset(layer), layout.key_codebook_offset(layer)),
         part_bytes(value, layout.value_offset(layer), layout.value_codebook_offset(layer)),
@@ -298,7 +311,8 @@ def decode_part(
     if transposed and words:
         packed = out.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[per_byte * out.itemsize])
     blocks = triton.cdiv(part.rows, rows)
-    _decode_kernel[(blocks * len(pages), heads)](
+    launch(
+        _decode_kernel, (blocks * len(pages), heads),
         out, packed, bounds, buffer, pages, codebooks, *tables, first_token, len(pages) * heads // len(bounds),
         layout.tokens, heads, out.shape[2] if transposed else out.shape[1], blocks, part,
         CODE=code, PART=int(transposed), D=dim, R=rows, ROPE=rope is not None,

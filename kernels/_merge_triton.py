@@ -1,14 +1,20 @@
 """Triton merges of partial attention results: a program per row, or per 16 where they are many; float32 throughout."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
+from qvg_paged.kernels.launch import launch
+
 __all__ = ["merge_partials", "merge_pieces"]
 
 BLOCK_ROWS = 16
+MOST_PIECES = 5
+STRIDE = tl.constexpr(16)
+"""Strides come times 16: in a tuple Triton would compile anew for 1 and for multiples of 16, whatever is asked for."""
 FEW_ROWS = 8192
 """Rows up to which a row is merged by a program of its own, all of its partial results at once."""
 
@@ -70,15 +76,19 @@ def _merge_row_kernel(
 @triton.jit
 def _offset(sequence, token, head, member, strides):
     return (
-        sequence.to(tl.int64) * strides[0] + token.to(tl.int64) * strides[1] + head * strides[2] + member * strides[3]
+        sequence.to(tl.int64) * (strides[0] // STRIDE)
+        + token.to(tl.int64) * (strides[1] // STRIDE)
+        + head * (strides[2] // STRIDE)
+        + member * (strides[3] // STRIDE)
     )
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"])
+@triton.jit(do_not_specialize=["lse", "count", "rows", "tokens", "heads", "group"])
 def _merge_pieces_kernel(
-    out, lse, pieces, sums, strides, sum_strides, rows, tokens, heads, group,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
+    out, lse, pieces, sums, strides, sum_strides, count, rows, tokens, heads, group,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
+    """Merge the first `count` of `MOST` pieces."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     channel = tl.arange(0, HEAD_DIM)
     inside = row < rows
@@ -87,9 +97,9 @@ def _merge_pieces_kernel(
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     merged = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(MOST):
         at = _offset(sequence, token, head, member, sum_strides[i])
-        part_lse = tl.load(sums[i] + at, mask=inside, other=float("-inf"))
+        part_lse = tl.load(sums[i] + at, mask=inside & (i + tl.zeros([BLOCK], tl.int32) < count), other=float("-inf"))
         filled = part_lse != float("-inf")
         at = _offset(sequence, token, head, member, strides[i])
         part = tl.load(pieces[i] + at[:, None] + channel[None, :], mask=filled[:, None], other=0.0).to(tl.float32)
@@ -107,22 +117,31 @@ def _merge_pieces_kernel(
 
 
 def merge_pieces(pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Launch; arguments as in `qvg_paged.kernels.merge.merge_pieces`."""
+    """Launch; arguments as in `qvg_paged.kernels.merge.merge_pieces`, at most `MOST_PIECES` pieces."""
     rows, (_, tokens, heads, group, dim) = lse.numel(), out.shape
-    _merge_pieces_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
-        out, lse, tuple(part for part, _ in pieces), tuple(part_lse for _, part_lse in pieces),
-        tuple(tuple(part.stride()[:4]) for part, _ in pieces), tuple(tuple(part.stride()) for _, part in pieces),
-        rows, tokens, heads, group, HEAD_DIM=dim, BLOCK=BLOCK_ROWS, COUNT=len(pieces),
+    outs, sums = zip(*pieces, *[pieces[-1]] * (MOST_PIECES - len(pieces)), strict=True)  # one kernel for any number
+    launch(
+        _merge_pieces_kernel, (triton.cdiv(rows, BLOCK_ROWS),),
+        out, lse, outs, sums, _strides(tuple(x.stride() for x in outs)), _strides(tuple(x.stride() for x in sums)),
+        len(pieces), rows, tokens, heads, group, HEAD_DIM=dim, BLOCK=BLOCK_ROWS, MOST=MOST_PIECES,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _strides(strides: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(STRIDE.value * step for step in each[:4]) for each in strides)
 
 
 def merge_partials(partials: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Launch; arguments as in `qvg_paged.kernels.merge.merge_partials`."""
     rows = lse.numel()
     if rows <= FEW_ROWS:
-        _merge_row_kernel[(rows,)](
-            out, lse, partials, partial_lse, len(partials), rows, HEAD_DIM=out.shape[-1], TOGETHER=16
-        )
+        launch(
+            _merge_row_kernel, (rows,), out, lse, partials, partial_lse, len(partials), rows,
+            HEAD_DIM=out.shape[-1], TOGETHER=16,
+        )  # fmt: skip
         return
-    grid = (triton.cdiv(rows, BLOCK_ROWS),)
-    _merge_kernel[grid](out, lse, partials, partial_lse, len(partials), rows, HEAD_DIM=out.shape[-1], BLOCK=BLOCK_ROWS)
+    launch(
+        _merge_kernel, (triton.cdiv(rows, BLOCK_ROWS),), out, lse, partials, partial_lse, len(partials), rows,
+        HEAD_DIM=out.shape[-1], BLOCK=BLOCK_ROWS,
+    )  # fmt: skip

@@ -2,8 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 
@@ -14,6 +13,7 @@ from qvg_paged.kernels.direct_path import direct_path, partial_nbytes
 from qvg_paged.kernels.dispatch import AttentionPath, Workload, dispatch_table
 from qvg_paged.kernels.errors import ArgumentError
 from qvg_paged.kernels.layout import PageLayout
+from qvg_paged.kernels.lookahead import Lookahead
 from qvg_paged.kernels.reference_attention import reference_attention
 from qvg_paged.kernels.rope import RoPESpec
 from qvg_paged.kernels.staged_attention import staged_attention, staged_nbytes
@@ -36,6 +36,7 @@ def paged_attention(
     path: AttentionPath = AttentionPath.AUTO,
     allow_fp8: bool = True,
     workspace: torch.Tensor | None = None,
+    lookahead: Lookahead | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Full attention of each sequence's queries to all tokens of its pages.
 
@@ -54,6 +55,8 @@ def paged_attention(
         path: how pages are read.
         allow_fp8: whether `AttentionPath.AUTO` may choose `AttentionPath.STAGED_FP8`.
         workspace: 1-D uint8 scratch on the pool's device for decoded keys or partial results; allocated if None.
+        lookahead: kept from call to call with one `workspace`, so that decoding for the next layer runs beside this
+            one; quantised pages of the table must stay as they are until it is settled.
 
     Returns:
         Output ``[total_q, q_heads, head_dim]`` in q's dtype and log-sum-exp ``[total_q, q_heads]`` float32 (natural
@@ -76,17 +79,17 @@ def paged_attention(
     if len(q) == 0:
         return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     with kernel_scope(q.device):
+        given = (q, buffer, table, layouts, layer)
+        if path in {AttentionPath.STAGED, AttentionPath.STAGED_FP8}:
+            return staged_attention(
+                *given, cu_seqlens_q=cu_queries, softmax_scale=scale, rope=rope, workspace=workspace,
+                lookahead=lookahead, fp8=path is AttentionPath.STAGED_FP8,
+            )  # fmt: skip
+        if lookahead is not None:
+            lookahead.settle()
         if path is AttentionPath.REFERENCE:
-            return reference_attention(
-                q, buffer, table, layouts, layer, cu_seqlens_q=cu_queries, softmax_scale=scale, rope=rope
-            )
-        run: Callable[..., tuple[torch.Tensor, torch.Tensor]] = direct_path
-        if path is not AttentionPath.DIRECT:
-            run = partial(staged_attention, fp8=path is AttentionPath.STAGED_FP8)
-        return run(
-            q, buffer, table, layouts, layer,
-            cu_seqlens_q=cu_queries, softmax_scale=scale, rope=rope, workspace=workspace,
-        )  # fmt: skip
+            return reference_attention(*given, cu_seqlens_q=cu_queries, softmax_scale=scale, rope=rope)
+        return direct_path(*given, cu_seqlens_q=cu_queries, softmax_scale=scale, rope=rope, workspace=workspace)
 
 
 def attention_workspace_nbytes(

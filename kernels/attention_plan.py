@@ -1,9 +1,9 @@
 """What attention derives from a block table alone: uploaded once, kept on the table, reused in every layer and step."""
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from typing import TypeVar
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby, pairwise
+from typing import Any, TypeVar
 
 import torch
 
@@ -98,10 +98,17 @@ class DecodeRun:
 
 @dataclass(frozen=True)
 class Slice:
-    """Pages decoded together, then attended to in one call; in FP8 or in the queries' dtype."""
+    """Pages decoded together, then attended to in one call; in FP8 or in the queries' dtype.
+
+    Attributes:
+        runs: the pages.
+        fp8: decoded to FP8.
+        launches: what decoding it launched, by where from and to.
+    """
 
     runs: tuple[DecodeRun, ...]
     fp8: bool = False
+    launches: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -118,12 +125,15 @@ class Room:
         fp8_pages: decoded to FP8, at least 1 if there are formats for it.
         fp8_formats: formats that go to FP8 slices of their own, before the others.
         lead: the first slice holds at most a quarter of a sequence's pages, because nothing hides its decoding.
+        last: formats that come last; where there is no lead, the first slice has none of them, so that it can be
+            decoded before they are written.
     """
 
     pages: int
     fp8_pages: int = 0
     fp8_formats: frozenset[int] = frozenset()
     lead: bool = False
+    last: frozenset[int] = frozenset()
 
     def of(self, fp8: bool) -> int:
         """Pages of a slice."""
@@ -194,36 +204,53 @@ def _run(table: BlockTable, fmt: int, rope: RoPESpec | None, rows: torch.Tensor 
     return DecodeRun(fmt, group.pages[rows], group.codebooks[rows], tables)
 
 
+def _kind(table: BlockTable, member: int, room: Room, fp8: bool) -> dict[int, int]:
+    """Formats that go to slices in FP8, or the others, in order of decoding, with a sequence's pages of each."""
+    counts = [(fmt, n) for fmt, n in _counts(table, member).items() if (fmt in room.fp8_formats) == fp8]
+    return dict(sorted(counts, key=lambda item: item[0] in room.last))
+
+
+def _sizes(room: Room, total: int, late: int, fp8: bool) -> list[int]:
+    """Pages of each slice of a sequence, as even as can be after the first; the last `late` pages come last."""
+    most, first = room.of(fp8), 0
+    if room.lead:
+        first = min(most, total // 4) if total >= LEAD_PAGES else 0
+    elif late and total <= most:
+        first = total - late
+    return [first] * (first > 0) + _even(total - first, most)
+
+
+def _even(total: int, most: int) -> list[int]:
+    """`total` in as few parts of at most `most` as can be, as even as can be."""
+    count = -(-total // most)
+    return [total * (i + 1) // count - total * i // count for i in range(count)]
+
+
 def _single_slices(table: BlockTable, rope: RoPESpec | None, members: range, room: Room, fp8: bool) -> list[Slice]:
-    made: list[Slice] = []
-    runs: list[DecodeRun] = []
-    counts = {fmt: n for fmt, n in _counts(table, members.start).items() if (fmt in room.fp8_formats) == fp8}
-    total = sum(counts.values())
-    left = min(room.of(fp8), total // 4) if room.lead and total >= LEAD_PAGES else room.of(fp8)
+    counts = _kind(table, members.start, room, fp8)
+    late = sum(count for fmt, count in counts.items() if fmt in room.last)
+    sizes = _sizes(room, sum(counts.values()), late, fp8)
+    made: list[list[DecodeRun]] = [[] for _ in sizes]
+    at = 0
     for fmt, count in counts.items():
         first, done = table.groups[fmt].host_indptr[members.start], 0
         while done < count:
-            size = min(left, count - done)
-            runs.append(_run(table, fmt, rope, slice(first + done, first + done + size), fp8))
-            done, left = done + size, left - size
-            if left == 0:
-                made.append(Slice(tuple(runs), fp8))
-                runs, left = [], room.of(fp8)
-    return [*made, Slice(tuple(runs), fp8)] if runs else made
+            size = min(sizes[at], count - done)
+            made[at].append(_run(table, fmt, rope, slice(first + done, first + done + size), fp8))
+            done, sizes[at] = done + size, sizes[at] - size
+            at += sizes[at] == 0
+    return [Slice(tuple(runs), fp8) for runs in made]
 
 
 def _batched_slices(table: BlockTable, rope: RoPESpec | None, members: range, room: Room, fp8: bool) -> list[Slice]:
     made = []
-    step = room.of(fp8) // len(members)
-    for fmt, count in _counts(table, members.start).items():
-        if (fmt in room.fp8_formats) != fp8:
-            continue
+    most = room.of(fp8) // len(members)
+    for fmt, count in _kind(table, members.start, room, fp8).items():
         indptr = table.groups[fmt].host_indptr
-        for done in range(0, count, step):
-            size = min(step, count - done)
+        for begin, end in pairwise(accumulate(_even(count, most), initial=0)):
             rows: torch.Tensor | slice = slice(indptr[members.start], indptr[members.stop])
-            if size < count:
-                chosen = [indptr[b] + done + i for b in members for i in range(size)]
+            if end - begin < count:
+                chosen = [indptr[b] + i for b in members for i in range(begin, end)]
                 rows = torch.tensor(chosen).to(table.device, non_blocking=True)
             made.append(Slice((_run(table, fmt, rope, rows, fp8),), fp8))
     return made

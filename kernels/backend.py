@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
+from functools import lru_cache
 
 import torch
 
@@ -39,6 +40,7 @@ def uses_triton(backend: Backend, device: torch.device) -> bool:
     return backend is Backend.TRITON
 
 
+@lru_cache
 def has_fp8_attention(device: torch.device) -> bool:
     """Whether E4M3 products run on `device`: capability 9.0 and above, or a CPU, where the twin rounds alike."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
@@ -52,7 +54,7 @@ def kernel_scope(device: torch.device) -> Iterator[None]:
     same call elsewhere does not.
     """
     with ExitStack() as scope:
-        if device.type == "cuda":
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
             scope.enter_context(torch.cuda.device(device))
         if torch.is_autocast_enabled(device.type):
             scope.enter_context(torch.autocast(device.type, enabled=False))

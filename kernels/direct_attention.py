@@ -19,6 +19,7 @@ import triton.language as tl
 from qvg_paged.kernels._page_tiles import key_channels, part_bytes, part_code, read_balance, read_tile
 from qvg_paged.kernels.attention_plan import QueryBlocks
 from qvg_paged.kernels.block_table import FormatGroup
+from qvg_paged.kernels.launch import launch
 from qvg_paged.kernels.layout import PageLayout
 from qvg_paged.kernels.rope import RoPELayout, RoPETables
 
@@ -212,7 +213,8 @@ def direct_attention(
     heads, group_size = layout.key.heads, q.shape[1] // layout.key.heads
     tables = (None,) * 4 if rope is None else (rope.cos_frame, rope.sin_frame, rope.cos_space, rope.sin_space)
     pairs = (0, 0) if rope is None else (rope.cos_frame.shape[1], rope.cos_space.shape[1])
-    _direct_kernel[(queries.count, heads, num_splits)](
+    launch(
+        _direct_kernel, (queries.count, heads, num_splits),
         partials, partial_lse,
         q, buffer, group.pages, group.codebooks, group.indptr, queries.cu_queries, queries.sequence, queries.row,
         *tables,

@@ -235,6 +235,7 @@ def few_queries_attention(
         query_tables_kernel,
         table_floats,
     )
+    from qvg_paged.kernels.launch import launch  # noqa: PLC0415
 
     key, blocks = layout.key, _blocks(layout)
     group = q.shape[1] // key.heads
@@ -244,12 +245,14 @@ def few_queries_attention(
     scratch = tables.view(torch.float32)
     if work.ragged:
         partial_lse.fill_(float("-inf"))
-    query_tables_kernel[(len(work.tables), key.heads, math.ceil(key.num_centroids / CENTROIDS))](
+    launch(
+        query_tables_kernel, (len(work.tables), key.heads, math.ceil(key.num_centroids / CENTROIDS)),
         scratch, q, buffer, work.tables, softmax_scale * LOG2_E, key.heads, group, floats, key_part,
         q.stride(0), q.stride(1),
         KEY=part_code(key), HEAD_DIM=key.head_dim, BLOCKS=blocks, ROWS=rows, CENTROIDS=CENTROIDS, num_warps=4,
     )  # fmt: skip
-    few_queries_kernel[(len(work.items), key.heads)](
+    launch(
+        few_queries_kernel, (len(work.items), key.heads),
         partials, partial_lse, scratch, buffer, pages, work.items, partials.shape[1], key.heads, group, key.tokens,
         floats, key_part, value_part,
         VALUE=part_code(layout.value), HEAD_DIM=key.head_dim, CB=key.codec.block_size, ROWS=rows,

@@ -143,7 +143,7 @@ def decode_runs(
         backend: Triton or its PyTorch twin.
     """
     decoder, _ = _launchers(backend, buffer.device)
-    scratch.bounds.zero_()
+    decoder.clear_bounds(scratch.bounds)
     for run in runs:
         decoder.bound_pages(
             buffer, run.pages, run.codebooks, layouts[run.fmt], layer, scratch.bounds, scratch.values, scratch.num_keys

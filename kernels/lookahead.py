@@ -1,51 +1,140 @@
-"""Decoding one slice ahead: a side stream fills one half of the scratch while attention reads the other."""
+"""Decoding one slice ahead: a side stream fills one half of the scratch while attention reads the other.
 
-from collections.abc import Callable, Generator, Sequence
+Within a call that hides all decoding but the first. A `Lookahead` that is kept between calls hides that, too: behind
+the last slice of a layer the first one of the next layer is decoded, if the calls so far went from layer to layer.
+"""
+
+from collections.abc import Callable, Generator, Hashable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-__all__ = ["staged"]
+__all__ = ["Lookahead", "Step", "staged"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Decoding of one slice.
+
+    Attributes:
+        key: what is decoded, from where and to where: equal keys leave the same bytes in the same half.
+        decode: launches it into a half of the scratch, on a stream or, given None, on the current one.
+    """
+
+    key: Hashable
+    decode: Callable[[int, torch.cuda.Stream | None], None]
+
+
+class _Side:
+    """A stream beside a caller's one, and the two events that order them; waiting for a later record is as good."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device, priority=-1)
+        self.ready = torch.cuda.Event()
+        self.attended = torch.cuda.Event()
 
 
 @lru_cache
-def _side_stream(device: torch.device, _main: int) -> torch.cuda.Stream:
+def _beside(device: torch.device, _main: int) -> _Side:
     """The one beside a caller's stream; if it were shared, a graph would capture what other callers launch."""
-    return torch.cuda.Stream(device, priority=-1)
+    return _Side(device)
 
 
-def staged(decode: Sequence[Callable[[], None]], device: torch.device, *, ahead: bool) -> Generator[int, None, None]:
-    """Run `decode` one step ahead of the caller, who attends to step i when i is yielded.
+class Lookahead:
+    """What was decoded for a call that has not come yet, in a workspace that only calls with this object use.
+
+    A wrong guess costs time only. Whoever uses the workspace otherwise, or changes or frees pages, settles before.
+    Graphs may be captured, but replays use the workspace unseen: from the first capture on nothing is guessed.
+    """
+
+    def __init__(self) -> None:
+        self._guess: tuple[Step, _Side, int] | None = None
+        self._last: Hashable = None
+        self._captured = False
+
+    def settle(self) -> None:
+        """Order the current stream behind what was decoded, and forget it."""
+        if self._guess is not None:
+            (_, side, _), self._guess = self._guess, None
+            if not self._captured:
+                torch.cuda.current_stream(side.stream.device).wait_event(side.ready)
+
+    def goes_on(self, called: Hashable, expected: Hashable) -> bool:
+        """Note that `called` runs, and that it is the layer after the last one if that was `expected`."""
+        last, self._last = self._last, called
+        return last == expected and not self._captured
+
+    def _claim(self, first: Step, side: _Side) -> int | None:
+        """Half that holds what `first` would decode."""
+        if torch.cuda.is_current_stream_capturing():
+            self._captured = True
+        if self._guess is not None and not self._captured:
+            step, on, half = self._guess
+            if step.key == first.key and on is side:
+                self._guess = None
+                return half
+        self.settle()
+        return None
+
+    def _keep(self, guess: tuple[Step, _Side, int]) -> None:
+        self._guess = guess
+
+
+def staged(
+    steps: Sequence[Step],
+    device: torch.device,
+    *,
+    ahead: bool,
+    lookahead: Lookahead | None = None,
+    follow: Step | None = None,
+) -> Generator[tuple[int, int], None, None]:
+    """Decode one step ahead of the caller, who attends to step i in half h when (i, h) is yielded.
 
     Step i + 1 runs beside what the caller launches for step i, and behind everything it launched for step i - 1, whose
     half of the scratch it takes. On the caller's stream all of it has happened before whatever is launched after the
     last step, or after the generator was closed early, so memory may be returned as if there were one stream; a graph
-    can be captured. Not `ahead`, without CUDA or with a single step, everything runs on the caller's stream.
+    can be captured. Not `ahead`, without CUDA or with a single step and no `lookahead`, everything runs on the caller's
+    stream, in half 0.
+
+    Args:
+        steps: what to decode; with a lookahead, the first may have been decoded already.
+        device: where it runs.
+        ahead: use the side stream.
+        lookahead: kept between calls.
+        follow: what the next call will decode first, if it is known; needs a lookahead, which settles it.
     """
-    if not ahead or device.type != "cuda" or len(decode) < 2:
-        for i, step in enumerate(decode):
-            step()
-            yield i
+    if not steps or not ahead or device.type != "cuda" or (len(steps) < 2 and lookahead is None):
+        if lookahead is not None:
+            lookahead.settle()
+        for i, step in enumerate(steps):
+            step.decode(0, None)
+            yield i, 0
         return
     main = torch.cuda.current_stream(device)
-    side = _side_stream(device, main.cuda_stream)
-    attended = [main.record_event()]
+    side = _beside(device, main.cuda_stream)
+    claimed = lookahead._claim(steps[0], side) if lookahead is not None else None
+    first = claimed or 0
+    side.attended.record(main)
+    every = [*steps, follow] if follow is not None else steps
 
-    def launch(i: int) -> torch.cuda.Event:
-        side.wait_event(attended[max(0, i - 1)])
-        with torch.cuda.stream(side):
-            decode[i]()
-            event: torch.cuda.Event = side.record_event()
-        return event
+    def launch(i: int) -> None:
+        side.stream.wait_event(side.attended)
+        every[i].decode((first + i) % 2, side.stream)
+        side.ready.record(side.stream)
 
     try:
-        ready = launch(0)
-        for i in range(len(decode)):
-            main.wait_event(ready)
-            if i + 1 < len(decode):
-                ready = launch(i + 1)
-            yield i
-            attended.append(main.record_event())
+        if claimed is None:
+            launch(0)
+        for i in range(len(steps)):
+            main.wait_event(side.ready)
+            if i + 1 < len(every):
+                launch(i + 1)
+            yield i, (first + i) % 2
+            if i + 1 < len(steps):
+                side.attended.record(main)
     except BaseException:
-        main.wait_stream(side)
+        main.wait_stream(side.stream)
         raise
+    if lookahead is not None and follow is not None:
+        lookahead._keep((follow, side, (first + len(steps)) % 2))

@@ -9,7 +9,7 @@ from qvg_paged.kernels.formats import CentroidType
 from qvg_paged.kernels.layout import PageLayout, PartLayout
 from qvg_paged.kernels.rope import RoPELayout, RoPETables
 
-__all__ = ["attend", "bound_pages", "decode_part", "key_rows", "quantise_queries"]
+__all__ = ["attend", "bound_pages", "clear_bounds", "decode_part", "key_rows", "quantise_queries"]
 
 ROOM = 224.0
 QUERY_PEAK = 256.0
@@ -38,6 +38,11 @@ def positions(layout: PartLayout) -> torch.Tensor:
 def units(bounds: torch.Tensor) -> torch.Tensor:
     """Worth of a stored 1.0, ``[problems, 2]``."""
     return bounds.view(-1, 2, 2).sum(-1).clamp(min=1e-30) / ROOM
+
+
+def clear_bounds(bounds: torch.Tensor) -> None:
+    """Bounds ``[problems, 4]`` before any page has raised them."""
+    bounds.zero_()
 
 
 def bound_pages(

@@ -6,7 +6,7 @@ thirds); pair j of an axis with m pairs turns by ``position * base ** (-j / m)``
 
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,21 +106,29 @@ class RoPESpec:
 
     def tables(self, frames: "Sequence[float] | torch.Tensor", device: torch.device | str = "cpu") -> RoPETables:
         """Tables for the given frame positions, computed in float64."""
+        frame = self._angles(0, torch.as_tensor(frames, dtype=torch.float64))
+        cos_frame, sin_frame = (x.float().to(device, non_blocking=True) for x in (frame.cos(), frame.sin()))
+        return RoPETables(cos_frame, sin_frame, *_space_tables(self, torch.device(device)))
+
+    def _angles(self, axis: int, position: torch.Tensor) -> torch.Tensor:
+        """By how much each pair of an axis turns at some positions along it."""
         assert self.pairs is not None
-        position = torch.as_tensor(frames, dtype=torch.float64)
-        rows, columns = self.grid
-        raster = torch.arange(rows * columns, dtype=torch.float64)
-        angles = [
-            p[:, None] * base ** (-torch.arange(n, dtype=torch.float64) / max(n, 1))
-            for p, n, base in zip((position, raster // columns, raster % columns), self.pairs, self.bases, strict=True)
-        ]
-        frame, space = angles[0], torch.cat(angles[1:], -1)
-        values = (frame.cos(), frame.sin(), space.cos(), space.sin())
-        return RoPETables(*(v.float().to(device, non_blocking=True) for v in values))
+        count = self.pairs[axis]
+        return position[:, None] * self.bases[axis] ** (-torch.arange(count, dtype=torch.float64) / max(count, 1))
 
     def rotate(self, x: torch.Tensor, frames: "Sequence[float] | torch.Tensor") -> torch.Tensor:
         """`x` ``[len(frames) * tokens_per_frame, heads, head_dim]`` turned to the given frame positions."""
         return rotate(x, *self.tables(frames, x.device).expand(), self.layout)
+
+
+@lru_cache(maxsize=16)
+def _space_tables(spec: RoPESpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the axes inside a frame, the same for all frames."""
+    columns = spec.grid[1]
+    raster = torch.arange(spec.tokens_per_frame, dtype=torch.float64)
+    angles = torch.cat([spec._angles(1, raster // columns), spec._angles(2, raster % columns)], -1)
+    cos, sin = (x.float().to(device) for x in (angles.cos(), angles.sin()))
+    return cos, sin
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: RoPELayout) -> torch.Tensor:

@@ -8,33 +8,26 @@ quantised pages are decoded to and attended in E4M3, unquantised ones in the que
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import torch
 
-from qvg_paged.kernels import fp8_attention
-from qvg_paged.kernels.attention_plan import Cohort, Room, Slice, cohorts
+from qvg_paged.kernels import fp8_attention, staged_decode
+from qvg_paged.kernels.attention_plan import Cohort, Room, Slice, cohorts, remembered
 from qvg_paged.kernels.block_table import BlockTable
-from qvg_paged.kernels.decode import decode_pages
 from qvg_paged.kernels.dense_attention import dense_attention, fold_queries
 from qvg_paged.kernels.errors import ArgumentError
 from qvg_paged.kernels.layout import GRANULE, PageLayout, PartLayout, align
-from qvg_paged.kernels.lookahead import staged
+from qvg_paged.kernels.lookahead import Lookahead, Step, staged
 from qvg_paged.kernels.partials import Partials, slot_nbytes
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec
+from qvg_paged.kernels.staged_decode import Decoder, decoded_page_nbytes
 
 __all__ = ["decoded_page_nbytes", "staged_attention", "staged_nbytes"]
 
 DEFAULT_WORKSPACE = 256 << 20
 SLOTS = 4
 """Partial results of FP8 attention that are kept at once, if they fit a quarter of the workspace."""
-FP8_DTYPE = torch.float8_e4m3fn
-
-
-def decoded_page_nbytes(part: PartLayout, dtype: torch.dtype) -> int:
-    """Bytes of K and V of one page of one layer, decoded."""
-    return 2 * part.tokens * part.heads * part.head_dim * dtype.itemsize
 
 
 def staged_nbytes(part: PartLayout, q_heads: int, max_queries: int, dtype: torch.dtype) -> int:
@@ -53,6 +46,7 @@ def staged_attention(
     softmax_scale: float,
     rope: RoPESpec | None,
     workspace: torch.Tensor | None,
+    lookahead: Lookahead | None = None,
     fp8: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and results of `qvg_paged.kernels.attention.paged_attention`, already checked."""
@@ -62,16 +56,51 @@ def staged_attention(
         decoded = min(max(1, pages) * page_nbytes, max(DEFAULT_WORKSPACE, page_nbytes))
         tail = _running_nbytes(q) + SLOTS * slot_nbytes(q.shape[0] * q.shape[1], q.shape[2], q.dtype) * fp8
         workspace = torch.empty(decoded + tail, dtype=torch.uint8, device=q.device)
-    plan = _plan(q, table, layouts, cu_seqlens_q, rope, workspace.numel(), fp8)
+        lookahead = None
+    nbytes, keeps = workspace.numel(), lookahead is not None
+
+    def build() -> _Plan:
+        return _plan(q, table, layouts, cu_seqlens_q, rope, nbytes, fp8, keeps)
+
+    plan = remembered(table, ("plan", cu_seqlens_q, q.shape[1], q.dtype, rope, nbytes, fp8, keeps), build)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    decoder = Decoder(buffer, layouts, rope, q.dtype, workspace[: plan.scratch], plan.halves)
+    memory = workspace[plan.scratch :]
+    batches = []
     for cohort in plan.cohorts:
         rows = slice(cu_seqlens_q[cohort.sequences.start], cu_seqlens_q[cohort.sequences.stop])
-        if rows.start == rows.stop:
-            continue
-        batch = _Batch(q[rows], cohort, plan, buffer, tuple(layouts), layer, softmax_scale, rope, workspace)
-        batch.attend(out[rows], lse[rows])
+        if rows.start < rows.stop:
+            batches.append(_Batch(q[rows], cohort, decoder, softmax_scale, memory, out[rows], lse[rows]))
+            if not cohort.slices:
+                batches[-1].finish()
+    work = [(batch, piece) for batch in batches for piece in batch.slices]
+    steps = [decoder.step(piece, batch.size, layer) for batch, piece in work]
+    follow = _follow(work, decoder, layer, (id(table), cu_seqlens_q, fp8), lookahead)
+    with closing(staged(steps, q.device, ahead=plan.halves, lookahead=lookahead, follow=follow)) as turns:
+        for i, half in turns:
+            batch, piece = work[i]
+            batch.attend(piece, half)
+            if piece is batch.slices[-1]:
+                batch.finish()
     return out, lse
+
+
+def _follow(
+    work: "Sequence[tuple[_Batch, Slice]]",
+    decoder: Decoder,
+    layer: int,
+    call: tuple[object, ...],
+    lookahead: Lookahead | None,
+) -> Step | None:
+    """What the next layer will decode first, if it is the next call and its pages are there already."""
+    layers = decoder.layouts[0].num_layers
+    if lookahead is None or not lookahead.goes_on((*call, layer), (*call, (layer - 1) % layers)) or not work:
+        return None
+    batch, piece = work[0]
+    if any(decoder.layouts[run.fmt].format.is_dense for run in piece.runs):
+        return None
+    return decoder.step(piece, batch.size, (layer + 1) % layers)
 
 
 @dataclass(frozen=True)
@@ -97,13 +126,14 @@ def _plan(
     rope: RoPESpec | None,
     nbytes: int,
     fp8: bool,
+    keeps: bool,
 ) -> _Plan:
     part, together = layouts[0].key, _together(q.device)
     page_nbytes = decoded_page_nbytes(part, q.dtype)
     longest = q[: max(end - begin for begin, end in pairwise(cu_queries))]
     # Where the outputs of the whole batch find no room, its sequences go one after another.
     for batched, rows in [(True, q)] * together + [(False, longest)] * (together or fp8):
-        room, half = _halved_room(rows, table, layouts, nbytes, fp8, table.batch if batched else 1)
+        room, half = _halved_room(rows, table, layouts, nbytes, fp8, keeps, table.batch if batched else 1)
         if room is not None:
             return _Plan(cohorts(table, cu_queries, rope, room, batched), 2 * half, halves=True)
     if nbytes >= page_nbytes:
@@ -125,7 +155,13 @@ def _together(device: torch.device) -> bool:
 
 
 def _halved_room(
-    q: torch.Tensor, table: BlockTable, layouts: Sequence[PageLayout], nbytes: int, fp8: bool, sequences: int
+    q: torch.Tensor,
+    table: BlockTable,
+    layouts: Sequence[PageLayout],
+    nbytes: int,
+    fp8: bool,
+    keeps: bool,
+    sequences: int,
 ) -> tuple[Room | None, int]:
     """Pages of a slice, and bytes of half the scratch, if decoding runs one ahead; None if a half holds no page."""
     part = layouts[0].key
@@ -133,12 +169,14 @@ def _halved_room(
     slots = min(SLOTS, nbytes // 4 // slot) if fp8 else 0
     half = max(0, nbytes - _running_nbytes(q) - slots * slot) // 2 // GRANULE * GRANULE
     formats = frozenset(f for f in table.groups if fp8_attention.reads(layouts[f])) if slots else frozenset()
-    padding = fp8_attention.scratch_nbytes(sequences * part.heads, 1, part.head_dim, FP8_DTYPE)
-    fp8_pages = max(0, half - padding) // decoded_page_nbytes(part, FP8_DTYPE) if formats else 0
+    padding = fp8_attention.scratch_nbytes(sequences * part.heads, 1, part.head_dim, staged_decode.FP8_DTYPE)
+    fp8_pages = max(0, half - padding) // decoded_page_nbytes(part, staged_decode.FP8_DTYPE) if formats else 0
     fp8_pages = min(fp8_pages, max(1, sequences * slots * fp8_attention.MOST_KEYS // part.tokens))
     if half < decoded_page_nbytes(part, q.dtype) or (formats and not fp8_pages):
         return None, half
-    return Room(half // decoded_page_nbytes(part, q.dtype), fp8_pages, formats, lead=_together(q.device)), half
+    dense = frozenset(f for f in table.groups if layouts[f].format.is_dense)
+    pages, lead = half // decoded_page_nbytes(part, q.dtype), _together(q.device) and not keeps
+    return Room(pages, fp8_pages, formats, lead, last=dense), half
 
 
 def _running_nbytes(q: torch.Tensor) -> int:
@@ -146,93 +184,56 @@ def _running_nbytes(q: torch.Tensor) -> int:
 
 
 class _Batch:
-    """Queries of a cohort and where its decoded keys go."""
+    """Queries of a cohort, the partial results of its slices and where the whole goes."""
 
     def __init__(
         self,
         q: torch.Tensor,
         cohort: Cohort,
-        plan: _Plan,
-        buffer: torch.Tensor,
-        layouts: tuple[PageLayout, ...],
-        layer: int,
+        decoder: Decoder,
         scale: float,
-        rope: RoPESpec | None,
-        workspace: torch.Tensor,
+        memory: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
     ) -> None:
-        self.size, self.slices, self.part, self.plan = len(cohort.sequences), cohort.slices, layouts[0].key, plan
-        self.tokens = len(q) // self.size
+        self.size, self.slices, self.part = len(cohort.sequences), cohort.slices, decoder.layouts[0].key
+        self.tokens, heads = len(q) // self.size, q.shape[1]
         self.q = q.view(self.size, self.tokens, *q.shape[1:])
-        self.buffer, self.layouts, self.layer, self.scale = buffer, layouts, layer, scale
-        self.rope, self.workspace = rope, workspace
+        self.decoder, self.scale = decoder, scale
+        shape = (self.size, self.tokens, self.part.heads, heads // self.part.heads)
+        self.partials = Partials(out.view(*shape, -1), lse.view(shape), memory)
         self.folded: torch.Tensor | None = None
         self.quantised: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def attend(self, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Write output ``[size * tokens, q_heads, head_dim]`` and log-sum-exp."""
-        shape = (self.size, self.tokens, self.part.heads, out.shape[1] // self.part.heads)
-        partials = Partials(out.view(*shape, -1), lse.view(shape), self.workspace[self.plan.scratch :])
-        halves = [self._half(i) for i in range(len(self.slices))]
-        decode = [partial(self._decode, piece, half) for piece, half in zip(self.slices, halves, strict=True)]
-        with closing(staged(decode, out.device, ahead=self.plan.halves)) as steps:
-            for i in steps:
-                if self.slices[i].fp8:
-                    self._attend_fp8(self.slices[i], halves[i], partials)
-                else:
-                    partials.add(*self._attend_dense(self.slices[i], halves[i]))
-        partials.finish()
-
-    def _half(self, index: int) -> torch.Tensor:
-        if not self.plan.halves or len(self.slices) == 1:
-            return self.workspace[: self.plan.scratch]
-        half = self.plan.scratch // 2
-        return self.workspace[half * (index % 2) : half * (index % 2 + 1)]
-
-    def _decode(self, piece: Slice, memory: torch.Tensor) -> None:
-        rope_layout = RoPELayout.INTERLEAVED if self.rope is None else self.rope.layout
+    def attend(self, piece: Slice, half: int) -> None:
+        """Attend to a slice that was decoded into a half of the scratch."""
         if piece.fp8:
-            scratch = self._fp8_scratch(piece, memory)
-            fp8_attention.decode_runs(scratch, self.buffer, piece.runs, self.layouts, self.layer, rope_layout)
-            return
-        keys, values = self._dense_scratch(piece, memory)
-        begin = 0
-        for run in piece.runs:
-            layout, tokens = self.layouts[run.fmt], slice(begin, begin + run.count * self.part.tokens)
-            decode_pages(
-                self.buffer, run.pages, run.codebooks, layout.key, layout.key_offset(self.layer),
-                layout.key_codebook_offset(self.layer), keys[tokens], rope=run.rope, rope_layout=rope_layout,
-            )  # fmt: skip
-            decode_pages(
-                self.buffer, run.pages, run.codebooks, layout.value, layout.value_offset(self.layer),
-                layout.value_codebook_offset(self.layer), values[tokens],
-            )  # fmt: skip
-            begin = tokens.stop
+            self._attend_fp8(piece, half)
+        else:
+            self.partials.add(*self._attend_dense(piece, half))
 
-    def _dense_scratch(self, piece: Slice, memory: torch.Tensor) -> torch.Tensor:
-        shape = (2, piece.count * self.part.tokens, self.part.heads, self.part.head_dim)
-        nbytes = piece.count * decoded_page_nbytes(self.part, self.q.dtype)
-        return memory[:nbytes].view(self.q.dtype).view(shape)
+    def finish(self) -> None:
+        """Write output and log-sum-exp."""
+        self.partials.finish()
 
-    def _attend_dense(self, piece: Slice, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _attend_dense(self, piece: Slice, half: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.folded is None:
             self.folded = fold_queries(self.q, self.part.heads)
-        keys, values = (x.view(self.size, -1, *x.shape[1:]).transpose(1, 2) for x in self._dense_scratch(piece, memory))
+        decoded = self.decoder.dense(piece, half)
+        keys, values = (x.view(self.size, -1, *x.shape[1:]).transpose(1, 2) for x in decoded)
         return dense_attention(self.folded, keys, values, self.scale)
 
-    def _fp8_scratch(self, piece: Slice, memory: torch.Tensor) -> fp8_attention.Fp8Scratch:
-        keys = piece.count // self.size * self.part.tokens
-        return fp8_attention.Fp8Scratch.carve(memory, self.size * self.part.heads, keys, self.part.head_dim, FP8_DTYPE)
-
-    def _attend_fp8(self, piece: Slice, memory: torch.Tensor, partials: Partials) -> None:
-        scratch = self._fp8_scratch(piece, memory)
+    def _attend_fp8(self, piece: Slice, half: int) -> None:
+        scratch = self.decoder.fp8(piece, self.size, half)
         if self.quantised is None:
-            layout = self.layouts[piece.runs[0].fmt].key
-            paired = layout.split_pairs if self.rope is None else self.rope.layout is RoPELayout.INTERLEAVED
-            self.quantised = fp8_attention.quantise_queries(self.q, self.part.heads, paired, FP8_DTYPE)
+            rope = self.decoder.rope
+            layout = self.decoder.layouts[piece.runs[0].fmt].key
+            paired = layout.split_pairs if rope is None else rope.layout is RoPELayout.INTERLEAVED
+            self.quantised = fp8_attention.quantise_queries(self.q, self.part.heads, paired, staged_decode.FP8_DTYPE)
         shape = fp8_attention.launch_shape(self.part.head_dim)
         problems, rows, _ = self.quantised[0].shape
         wanted = fp8_attention.num_splits(problems, rows, scratch.num_keys, shape, self.q.device)
-        out, lse = partials.slots(min(wanted, partials.num_slots))
+        out, lse = self.partials.slots(min(wanted, self.partials.num_slots))
         fp8_attention.attend(
             *self.quantised, scratch, out, lse,
             heads=self.part.heads, softmax_scale=self.scale, shape=shape,

@@ -8,13 +8,13 @@ orders the two. Memory is reused only behind everything launched before it was r
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from threading import RLock
 from typing import cast
 
 import torch
 
 from qvg_paged.begin import begin_chunks
 from qvg_paged.budget import Budget, object_counts, object_sizes, page_layouts, stream_timeline
+from qvg_paged.calls import Calls
 from qvg_paged.checks import check_kv, check_layer, check_name, check_queries
 from qvg_paged.chunk import Chunk, ChunkState
 from qvg_paged.commit import commit_chunks
@@ -79,7 +79,7 @@ class KVCacheManager:
         self.streams: dict[str, Stream] = {}
         self.floors: dict[str, QualityFloor] = {}
         self._batches: dict[tuple[int, ...], tuple[BlockTable, ScratchWriter]] = {}
-        self._lock = RLock()
+        self._lock = Calls()
         self._tally = Tally()
 
     @property
@@ -166,7 +166,7 @@ class KVCacheManager:
         Returns:
             ``[sum of tokens, num_q_heads, head_dim]`` in q's dtype.
         """
-        with self._lock, torch.no_grad():
+        with self._lock.attending, torch.no_grad():
             tokens = self._check_chunks(layer, chunks)
             check_queries(q, sum(tokens), self.model, self.device)
             check_kv(k, v, sum(tokens), self.model, self.device)
@@ -187,6 +187,7 @@ class KVCacheManager:
                 path=cast(AttentionPath, self.config.path),
                 allow_fp8=self.config.allow_fp8,
                 workspace=self._staging,
+                lookahead=self._lock.lookahead,
             )
             return out
 
@@ -261,6 +262,7 @@ class KVCacheManager:
         """Detach a chunk from its stream and drop batches it was part of."""
         chunk.state = state
         chunk.stream.chunk = None
+        chunk.table.cache.clear()
         self._batches = {key: batch for key, batch in self._batches.items() if id(chunk) not in key}
 
     def release(self, tenant: str, pages: list[Page]) -> list[CacheEvent]:

@@ -14,7 +14,7 @@ import torch
 from attention_case import LAYER, Case, build_case
 from tolerance import exact_attention
 
-from qvg_paged.kernels import fp8_attention, merge, staged_attention
+from qvg_paged.kernels import fp8_attention, merge, staged_attention, staged_decode
 from qvg_paged.kernels.attention import AttentionPath, attention_workspace_nbytes, paged_attention
 from qvg_paged.kernels.attention_plan import Room, cohorts
 from qvg_paged.kernels.backend import Backend
@@ -195,7 +195,7 @@ def test_mixed_pages_of_a_ragged_batch_are_attended(
 @pytest.mark.skipif(CUDA, reason="there the path runs its kernels anyway")
 def test_the_path_holds_together_with_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     as_on_a_gpu(monkeypatch)
-    monkeypatch.setattr(staged_attention, "FP8_DTYPE", KERNEL_DTYPE)
+    monkeypatch.setattr(staged_decode, "FP8_DTYPE", KERNEL_DTYPE)
     for module in (fp8_attention, merge):
         monkeypatch.setattr(module, "uses_triton", lambda *_: True)
     rope = RoPESpec(head_dim=64, grid=(2, 6))

@@ -1,14 +1,13 @@
 """Order of a side stream and its caller's, on streams that note what each of them knows to be done."""
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from functools import partial
+from contextlib import closing
 
 import pytest
 import torch
 
-from qvg_paged.kernels import lookahead
-from qvg_paged.kernels.lookahead import staged
+from qvg_paged.kernels import lookahead as module
+from qvg_paged.kernels.lookahead import Lookahead, Step, staged
 
 DEVICE = torch.device("cuda", 0)
 
@@ -21,6 +20,7 @@ class FakeStream:
     def __init__(self, *_: object, **__: object) -> None:
         FakeStream.count += 1
         self.cuda_stream = FakeStream.count
+        self.device = DEVICE
         self.behind: set[str] = set()
 
     def launch(self, name: str) -> set[str]:
@@ -28,14 +28,21 @@ class FakeStream:
         self.behind.add(name)
         return before
 
-    def record_event(self) -> set[str]:
-        return set(self.behind)
-
-    def wait_event(self, event: set[str]) -> None:
-        self.behind |= event
+    def wait_event(self, event: "FakeEvent") -> None:
+        self.behind |= event.behind
 
     def wait_stream(self, other: "FakeStream") -> None:
         self.behind |= other.behind
+
+
+class FakeEvent:
+    """All that had happened on a stream when it was last recorded there."""
+
+    def __init__(self) -> None:
+        self.behind: set[str] = set()
+
+    def record(self, stream: FakeStream) -> None:
+        self.behind = set(stream.behind)
 
 
 class FakeCuda:
@@ -43,61 +50,157 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.current = FakeStream()
+        self.capturing = False
 
     def current_stream(self, _: torch.device) -> FakeStream:
         return self.current
 
-    @contextmanager
-    def stream(self, stream: FakeStream) -> Iterator[None]:
-        before, self.current = self.current, stream
-        yield
-        self.current = before
+    def is_current_stream_capturing(self) -> bool:
+        return self.capturing
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     fake = FakeCuda()
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", fake.current_stream)
-    monkeypatch.setattr(torch.cuda, "stream", fake.stream)
-    lookahead._side_stream.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", fake.is_current_stream_capturing)
+    module._beside.cache_clear()
     yield fake
-    lookahead._side_stream.cache_clear()
+    module._beside.cache_clear()
+
+
+class Halves:
+    """Scratch of two halves, and what decoding leaves in them."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, str] = {}
+        self.seen: dict[str, set[str]] = {}
+        self.streams: list[FakeStream] = []
+        self.count = 0
+
+    def step(self, name: str) -> Step:
+        def decode(half: int, stream: FakeStream | None) -> None:
+            assert stream is not None
+            self.held[half] = name
+            self.count += 1
+            self.seen[name] = stream.launch(f"decode {name}")
+            self.streams.append(stream)
+
+        return Step(name, decode)  # type: ignore[arg-type]
+
+    def attend(self, main: FakeStream, names: list[str], lookahead: Lookahead | None, follow: str | None) -> None:
+        steps = [self.step(name) for name in names]
+        with closing(staged(
+            steps, DEVICE, ahead=True, lookahead=lookahead, follow=None if follow is None else self.step(follow)
+        )) as turns:  # fmt: skip
+            for i, half in turns:
+                assert self.held[half] == names[i]
+                assert f"decode {names[i]}" in main.launch(f"attend {names[i]}")
 
 
 def test_a_half_is_decoded_ahead_and_only_behind_the_attention_that_read_it(cuda: FakeCuda) -> None:
-    main, seen = cuda.current, {}
-
-    def decode(i: int) -> None:
-        assert cuda.current is not main
-        seen[i] = cuda.current.launch(f"decode {i}")
-
-    for i in staged([partial(decode, i) for i in range(5)], DEVICE, ahead=True):
+    main, halves = cuda.current, Halves()
+    steps = [halves.step(f"{i}") for i in range(5)]
+    for i, _ in staged(steps, DEVICE, ahead=True):
         assert f"decode {i}" in main.launch(f"attend {i}")
-        assert i == 4 or i + 1 in seen
+        assert i == 4 or f"{i + 1}" in halves.seen
+    assert main not in halves.streams
     for i in range(2, 5):
-        assert f"attend {i - 2}" in seen[i]
-        assert f"attend {i - 1}" not in seen[i]
+        assert f"attend {i - 2}" in halves.seen[f"{i}"]
+        assert f"attend {i - 1}" not in halves.seen[f"{i}"]
     assert {f"decode {i}" for i in range(5)} <= main.behind
 
 
 def test_what_runs_ahead_is_waited_for_when_an_attention_fails(cuda: FakeCuda) -> None:
-    main = cuda.current
-
-    def decode(i: int) -> None:
-        cuda.current.launch(f"decode {i}")
-
-    with closing(staged([partial(decode, i) for i in range(3)], DEVICE, ahead=True)) as steps:
-        assert next(steps) == 0
+    main, halves = cuda.current, Halves()
+    with closing(staged([halves.step(f"{i}") for i in range(3)], DEVICE, ahead=True)) as steps:
+        assert next(steps) == (0, 0)
     assert "decode 1" in main.behind
 
 
 def test_callers_on_different_streams_do_not_share_a_side_stream(cuda: FakeCuda) -> None:
     def used(caller: FakeStream) -> set[int]:
-        cuda.current, seen = caller, set[int]()
-        list(staged([lambda: seen.add(cuda.current.cuda_stream)] * 3, DEVICE, ahead=True))
-        return seen
+        cuda.current, halves = caller, Halves()
+        list(staged([halves.step(f"{i}") for i in range(3)], DEVICE, ahead=True))
+        return {stream.cuda_stream for stream in halves.streams}
 
     one, other = FakeStream(), FakeStream()
     assert used(one) == used(one)
     assert used(one).isdisjoint(used(other))
+
+
+@pytest.mark.parametrize("slices", [1, 2, 3])
+def test_the_first_slice_of_the_next_layer_is_decoded_beside_the_last_one_of_this(cuda: FakeCuda, slices: int) -> None:
+    main, halves, lookahead = cuda.current, Halves(), Lookahead()
+    for layer in range(4):
+        names = [f"{layer}.{i}" for i in range(slices)]
+        halves.attend(main, names, lookahead, f"{layer + 1}.0")
+        assert f"{layer + 1}.0" in halves.seen
+        assert f"attend {layer}.{slices - 1}" not in halves.seen[f"{layer + 1}.0"]
+        main.launch(f"projections {layer}")
+    assert halves.count == 4 * slices + 1
+    assert all(f"projections {layer}" not in halves.seen[f"{layer + 1}.0"] for layer in range(4))
+
+
+def test_a_wrong_guess_is_decoded_over_and_never_attended_to(cuda: FakeCuda) -> None:
+    main, halves, lookahead = cuda.current, Halves(), Lookahead()
+    halves.attend(main, ["a0", "a1"], lookahead, "b0")
+    halves.attend(main, ["c0", "c1", "c2"], lookahead, None)
+    assert "decode b0" in halves.seen["c0"]
+    assert "decode b0" in main.behind
+    halves.attend(main, ["b0"], lookahead, None)
+    assert "attend c2" in halves.seen["b0"]
+
+
+def test_settling_orders_the_current_stream_behind_what_was_decoded(cuda: FakeCuda) -> None:
+    main, halves, lookahead = cuda.current, Halves(), Lookahead()
+    halves.attend(main, ["a0"], lookahead, "b0")
+    assert "decode b0" not in main.behind
+    cuda.current = FakeStream()
+    lookahead.settle()
+    assert "decode b0" in cuda.current.behind
+    halves.seen.clear()
+    cuda.current = main
+    halves.attend(main, ["b0"], lookahead, None)
+    assert "b0" in halves.seen, "what was settled may have been written over"
+
+
+def test_a_call_on_another_stream_decodes_for_itself_behind_the_guess(cuda: FakeCuda) -> None:
+    halves, lookahead = Halves(), Lookahead()
+    halves.attend(cuda.current, ["a0"], lookahead, "b0")
+    halves.seen.clear()
+    cuda.current = FakeStream()
+    halves.attend(cuda.current, ["b0"], lookahead, None)
+    assert "decode b0" in halves.seen["b0"]
+
+
+def test_a_failed_attention_leaves_no_guess(cuda: FakeCuda) -> None:
+    main, halves, lookahead = cuda.current, Halves(), Lookahead()
+    steps, follow = [halves.step("a0")], halves.step("b0")
+    with closing(staged(steps, DEVICE, ahead=True, lookahead=lookahead, follow=follow)) as turns:
+        next(turns)
+    assert "decode b0" in main.behind
+    halves.seen.clear()
+    halves.attend(main, ["b0"], lookahead, None)
+    assert "b0" in halves.seen
+
+
+def test_only_calls_that_go_from_layer_to_layer_are_guessed_and_none_once_a_graph_was_captured(cuda: FakeCuda) -> None:
+    main, halves, lookahead = cuda.current, Halves(), Lookahead()
+    assert not lookahead.goes_on(("chunk", 0), ("chunk", 29))
+    assert lookahead.goes_on(("chunk", 1), ("chunk", 0))
+    assert not lookahead.goes_on(("other", 1), ("other", 0))
+    cuda.capturing = True
+    halves.attend(main, ["a0"], lookahead, None)
+    cuda.capturing = False
+    assert not lookahead.goes_on(("other", 2), ("other", 1))
+
+
+@pytest.mark.usefixtures("cuda")
+def test_without_a_side_stream_everything_runs_in_one_half_on_the_callers() -> None:
+    given = []
+    steps = [Step(i, lambda half, stream: given.append((half, stream))) for i in range(3)]
+    assert list(staged(steps, DEVICE, ahead=False, lookahead=Lookahead())) == [(0, 0), (1, 0), (2, 0)]
+    assert given == [(0, None)] * 3

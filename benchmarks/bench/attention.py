@@ -14,7 +14,7 @@ from bench.roofline import Work, attention_work
 from bench.rows import Case, Gate, System
 from bench.settings import Bench
 from bench.xformers_paged import paged_caches
-from qvg_paged.kernels import AttentionPath, BlockTable, paged_attention
+from qvg_paged.kernels import AttentionPath, BlockTable, Lookahead, paged_attention
 
 __all__ = [
     "PATHS", "RELEASED_CUDNN", "RELEASED_FLASH", "AttentionShape", "attention_cases", "paged_call", "path_check",
@@ -170,25 +170,26 @@ def scratch(spec: HistorySpec, device: torch.device) -> torch.Tensor:
 
 def paged_call(
     q: torch.Tensor, history: History, cu: tuple[int, ...], path: AttentionPath, workspace: torch.Tensor | None,
-    table: BlockTable | None = None,
+    table: BlockTable | None = None, lookahead: Lookahead | None = None,
 ) -> Callable[[int], torch.Tensor]:  # fmt: skip
-    """A call of `paged_attention` that takes the input set."""
+    """A call of `paged_attention` that takes the input set; with a lookahead, sets follow one another as layers do."""
     rope = history.spec.rope_spec
     where = history.table if table is None else table
     return lambda layer: paged_attention(
-        q, history.buffer, where, [history.layout], layer, cu_seqlens_q=cu, rope=rope, path=path, workspace=workspace
-    )[0]
+        q, history.buffer, where, [history.layout], layer, cu_seqlens_q=cu, rope=rope, path=path, workspace=workspace,
+        lookahead=lookahead,
+    )[0]  # fmt: skip
 
 
 def _our_systems(
     bench: Bench, q: torch.Tensor, cu: tuple[int, ...], history: History, shape: AttentionShape, gate: AttentionGate
 ) -> Iterator[System]:
     """Each path of ours that runs on this device."""
-    workspace = scratch(history.spec, bench.device)
+    workspace, lookahead = scratch(history.spec, bench.device), Lookahead()
     for name, path in PATHS.items():
         if bench.is_small and path not in (AttentionPath.STAGED, AttentionPath.AUTO):
             continue
-        run = paged_call(q, history, cu, path, workspace)
+        run = paged_call(q, history, cu, path, workspace, lookahead=lookahead)
         work = shape.work(history.stored_nbytes, "fp8" if "fp8" in path.value else "bf16")
 
         notes = {"workspace_nbytes": workspace.numel()}

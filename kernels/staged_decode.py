@@ -1,0 +1,112 @@
+"""Decoding for the staged path: slices of a block table into scratch, launched anew or repeated.
+
+What decoding a slice launches is the same in every denoising step of a chunk, so on CUDA it is recorded the first time
+and repeated afterwards, which costs the host a fraction.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from qvg_paged.kernels import fp8_attention
+from qvg_paged.kernels.attention_plan import Slice
+from qvg_paged.kernels.decode import decode_pages
+from qvg_paged.kernels.layout import PageLayout, PartLayout
+from qvg_paged.kernels.lookahead import Step
+from qvg_paged.kernels.rope import RoPELayout, RoPESpec
+
+__all__ = ["FP8_DTYPE", "Decoder", "decoded_page_nbytes"]
+
+FP8_DTYPE = torch.float8_e4m3fn
+
+
+def decoded_page_nbytes(part: PartLayout, dtype: torch.dtype) -> int:
+    """Bytes of K and V of one page of one layer, decoded."""
+    return 2 * part.tokens * part.heads * part.head_dim * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Where pages come from and decoded keys go.
+
+    Attributes:
+        buffer: 1-D uint8 pool.
+        layouts: page layouts that the formats of slices index.
+        rope: keys are rotated when read.
+        dtype: of slices that are not FP8.
+        scratch: 1-D uint8.
+        halves: slices take the halves of the scratch in turns; otherwise all of it.
+    """
+
+    buffer: torch.Tensor
+    layouts: Sequence[PageLayout]
+    rope: RoPESpec | None
+    dtype: torch.dtype
+    scratch: torch.Tensor
+    halves: bool
+
+    def step(self, piece: Slice, sequences: int, layer: int) -> Step:
+        """Decoding of `layer` of a slice of as many pages of each of some sequences."""
+        key = (id(piece), layer, self.buffer.data_ptr(), self.scratch.data_ptr(), self.dtype)
+        return Step(key, partial(self._decode, piece, sequences, layer))
+
+    def dense(self, piece: Slice, half: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a slice, ``[pages * tokens, heads, head_dim]``."""
+        part = self.layouts[0].key
+        nbytes = piece.count * decoded_page_nbytes(part, self.dtype)
+        shape = (2, piece.count * part.tokens, part.heads, part.head_dim)
+        keys, values = self._memory(half)[:nbytes].view(self.dtype).view(shape)
+        return keys, values
+
+    def fp8(self, piece: Slice, sequences: int, half: int) -> fp8_attention.Fp8Scratch:
+        """Scratch of an FP8 slice."""
+        part = self.layouts[0].key
+        keys = piece.count // sequences * part.tokens
+        return fp8_attention.Fp8Scratch.carve(
+            self._memory(half), sequences * part.heads, keys, part.head_dim, FP8_DTYPE
+        )
+
+    def _memory(self, half: int) -> torch.Tensor:
+        size = self.scratch.numel() // 2
+        return self.scratch[size * half : size * (half + 1)] if self.halves else self.scratch
+
+    def _decode(self, piece: Slice, sequences: int, layer: int, half: int, stream: torch.cuda.Stream | None) -> None:
+        if self.buffer.device.type != "cuda":
+            self._launch(piece, sequences, layer, half)
+            return
+        from qvg_paged.kernels.launch import recorded  # noqa: PLC0415 - triton is only loaded where it is used
+
+        key = (layer, half, self.buffer.data_ptr(), self.scratch.data_ptr(), self.scratch.numel(), self.dtype)
+        launches = piece.launches.get(key)
+        if launches is not None:
+            raw = (torch.cuda.current_stream(self.buffer.device) if stream is None else stream).cuda_stream
+            for repeat in launches:
+                repeat(raw)
+            return
+        with nullcontext() if stream is None else torch.cuda.stream(stream), recorded() as launches:
+            self._launch(piece, sequences, layer, half)
+        piece.launches[key] = launches
+
+    def _launch(self, piece: Slice, sequences: int, layer: int, half: int) -> None:
+        rope_layout = RoPELayout.INTERLEAVED if self.rope is None else self.rope.layout
+        if piece.fp8:
+            scratch = self.fp8(piece, sequences, half)
+            fp8_attention.decode_runs(scratch, self.buffer, piece.runs, tuple(self.layouts), layer, rope_layout)
+            return
+        keys, values = self.dense(piece, half)
+        begin = 0
+        for run in piece.runs:
+            layout = self.layouts[run.fmt]
+            tokens = slice(begin, begin + run.count * layout.key.tokens)
+            decode_pages(
+                self.buffer, run.pages, run.codebooks, layout.key, layout.key_offset(layer),
+                layout.key_codebook_offset(layer), keys[tokens], rope=run.rope, rope_layout=rope_layout,
+            )  # fmt: skip
+            decode_pages(
+                self.buffer, run.pages, run.codebooks, layout.value, layout.value_offset(layer),
+                layout.value_codebook_offset(layer), values[tokens],
+            )  # fmt: skip
+            begin = tokens.stop
