@@ -5,7 +5,7 @@ import torch
 from qvg_paged.kernels.layout import GRANULE, align
 from qvg_paged.kernels.merge import Piece, merge_pieces
 
-__all__ = ["Partials", "slot_nbytes"]
+__all__ = ["Partials", "run_merges", "slot_nbytes"]
 
 PENDING = 4
 """Pieces that are merged at once; each launch reads all of them and writes one result."""
@@ -78,3 +78,16 @@ class Partials:
             self.lse.fill_(float("-inf"))
             return
         merge_pieces(self._pieces, self.out, self.lse)
+
+
+def run_merges(head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Launch every kernel that merging results of `dtype` takes, however many there are."""
+    tokens = 16
+    memory = torch.zeros(slot_nbytes(tokens, head_dim, torch.float32), dtype=torch.uint8, device=device)
+    piece = torch.zeros(1, 1, tokens, head_dim, dtype=dtype, device=device)
+    sums = torch.zeros(1, 1, tokens, device=device)
+    for count in (1, 2 * PENDING):  # merged at once; into a running result, with it, and with it into the whole
+        whole = Partials(piece.view(1, tokens, 1, 1, head_dim).clone(), sums.view(1, tokens, 1, 1).clone(), memory)
+        for _ in range(count):
+            whole.add(piece, sums)
+        whole.finish()

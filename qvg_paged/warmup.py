@@ -11,6 +11,7 @@ from qvg_paged.budget import Budget, estimate, least_staging, page_layouts
 from qvg_paged.config import CacheConfig, ModelSpec, Rung, Window
 from qvg_paged.errors import ConfigError
 from qvg_paged.kernels.attention import AttentionPath
+from qvg_paged.kernels.partials import run_merges
 from qvg_paged.ladder import deepest_rung
 from qvg_paged.manager import KVCacheManager
 from qvg_paged.stream import Stream
@@ -44,6 +45,7 @@ def warm_up(model: ModelSpec, config: CacheConfig) -> float:
         for nbytes, together in ((staging, STREAMS), (least, 1)):  # little staging makes slices merge
             quiet = replace(config, path=path, staging=nbytes, on_event=None, disk_path=None, disk_memory=0)
             _run(one_layer, _sized(one_layer, quiet, window), window, together)
+    run_merges(model.head_dim, model.dtype, torch.device(cast(torch.device, config.device)))
     if torch.device(cast(torch.device, config.device)).type == "cuda":
         torch.cuda.synchronize(cast(torch.device, config.device))
     return time.perf_counter() - start

@@ -2,8 +2,11 @@ import pytest
 import torch
 from tolerance import exact_attention
 
+from qvg_paged.kernels import partials as partials_module
+from qvg_paged.kernels._merge_triton import MOST_PIECES
 from qvg_paged.kernels.backend import Backend
 from qvg_paged.kernels.merge import merge_into_reference, merge_partials, merge_pieces
+from qvg_paged.kernels.partials import run_merges
 
 BACKENDS = [Backend.TORCH, Backend.TRITON]
 EMPTY = float("-inf")
@@ -81,3 +84,18 @@ def test_merging_two_empty_results_stays_empty() -> None:
     merge_into_reference(out, lse, out.clone(), lse.clone())
     assert (out == 0).all()
     assert (lse == EMPTY).all()
+
+
+def test_merges_run_ahead_meet_every_combination_of_types_and_a_full_set_of_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = set()
+
+    def merge(pieces: list[tuple[torch.Tensor, torch.Tensor]], out: torch.Tensor, _: torch.Tensor) -> None:
+        assert len(pieces) <= MOST_PIECES
+        seen.add((pieces[0][0].dtype, pieces[-1][0].dtype, out.dtype))
+
+    monkeypatch.setattr(partials_module, "merge_pieces", merge)
+    run_merges(64, torch.bfloat16, torch.device("cpu"))
+    half, single = torch.bfloat16, torch.float32
+    assert seen == {(half, half, half), (half, half, single), (single, half, single), (single, half, half)}
