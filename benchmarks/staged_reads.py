@@ -22,8 +22,8 @@ from direct_reads import DEVICE, Pages, exact, timed  # noqa: E402
 
 from qvg_paged.kernels import fp8_attention as fp8  # noqa: E402
 from qvg_paged.kernels.attention import AttentionPath, paged_attention  # noqa: E402
-from qvg_paged.kernels.attention_plan import Room, cohorts  # noqa: E402
 from qvg_paged.kernels.rope import RoPELayout  # noqa: E402
+from qvg_paged.kernels.slices import Room, cohorts  # noqa: E402
 
 TOKENS, DIM, SAMPLED = 1560, 128, 32
 TILES = ((64, 128, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 4, 3), (128, 128, 8, 2))

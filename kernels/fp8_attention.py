@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 
 from qvg_paged.kernels import reference_fp8
-from qvg_paged.kernels.attention_plan import DecodeRun
 from qvg_paged.kernels.backend import Backend, uses_triton
 from qvg_paged.kernels.layout import GRANULE, PageLayout, align
 from qvg_paged.kernels.rope import RoPELayout
+from qvg_paged.kernels.slices import DecodeRun
 
 __all__ = [
     "Fp8Scratch",

@@ -7,27 +7,24 @@ quantised pages are decoded to and attended in E4M3, unquantised ones in the que
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
 from qvg_paged.kernels import fp8_attention, staged_decode
-from qvg_paged.kernels.attention_plan import Cohort, Room, Slice, cohorts, remembered
+from qvg_paged.kernels.attention_plan import remembered
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.dense_attention import dense_attention, fold_queries
-from qvg_paged.kernels.errors import ArgumentError
 from qvg_paged.kernels.layout import GRANULE, PageLayout, PartLayout, align
 from qvg_paged.kernels.lookahead import Lookahead, Step, staged
 from qvg_paged.kernels.partials import Partials, slot_nbytes
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec
+from qvg_paged.kernels.slices import Cohort, Slice
 from qvg_paged.kernels.staged_decode import Decoder, decoded_page_nbytes
+from qvg_paged.kernels.staged_plan import SLOTS, Plan, make_plan, running_nbytes
 
 __all__ = ["decoded_page_nbytes", "staged_attention", "staged_nbytes"]
 
 DEFAULT_WORKSPACE = 256 << 20
-SLOTS = 4
-"""Partial results of FP8 attention that are kept at once, if they fit a quarter of the workspace."""
 
 
 def staged_nbytes(part: PartLayout, q_heads: int, max_queries: int, dtype: torch.dtype) -> int:
@@ -54,28 +51,29 @@ def staged_attention(
         page_nbytes = decoded_page_nbytes(layouts[0].key, q.dtype)
         pages = sum(map(len, map(table.entries, range(table.batch))))
         decoded = min(max(1, pages) * page_nbytes, max(DEFAULT_WORKSPACE, page_nbytes))
-        tail = _running_nbytes(q) + SLOTS * slot_nbytes(q.shape[0] * q.shape[1], q.shape[2], q.dtype) * fp8
+        tail = running_nbytes(q) + SLOTS * slot_nbytes(q.shape[0] * q.shape[1], q.shape[2], q.dtype) * fp8
         workspace = torch.empty(decoded + tail, dtype=torch.uint8, device=q.device)
         lookahead = None
     nbytes, keeps = workspace.numel(), lookahead is not None
 
-    def build() -> _Plan:
-        return _plan(q, table, layouts, cu_seqlens_q, rope, nbytes, fp8, keeps)
+    def build() -> Plan:
+        return make_plan(q, table, layouts, cu_seqlens_q, rope, nbytes, fp8, keeps)
 
     plan = remembered(table, ("plan", cu_seqlens_q, q.shape[1], q.dtype, rope, nbytes, fp8, keeps), build)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     decoder = Decoder(buffer, layouts, rope, q.dtype, workspace[: plan.scratch], plan.halves)
     memory = workspace[plan.scratch :]
-    batches = []
-    for cohort in plan.cohorts:
-        rows = slice(cu_seqlens_q[cohort.sequences.start], cu_seqlens_q[cohort.sequences.stop])
-        if rows.start < rows.stop:
-            batches.append(_Batch(q[rows], cohort, decoder, softmax_scale, memory, out[rows], lse[rows]))
-            if not cohort.slices:
-                batches[-1].finish()
+    batches = [
+        _Batch(q, cohort, cu_seqlens_q, decoder, softmax_scale, memory, out, lse)
+        for cohort in plan.cohorts
+        if cu_seqlens_q[cohort.sequences[0]] < cu_seqlens_q[cohort.sequences[0] + 1]
+    ]
+    for batch in batches:
+        if not batch.slices:
+            batch.finish()
     work = [(batch, piece) for batch in batches for piece in batch.slices]
-    steps = [decoder.step(piece, batch.size, layer) for batch, piece in work]
+    steps = [decoder.step(piece, layer) for _, piece in work]
     follow = _follow(work, decoder, layer, (id(table), cu_seqlens_q, fp8), lookahead)
     with closing(staged(steps, q.device, ahead=plan.halves, lookahead=lookahead, follow=follow)) as turns:
         for i, half in turns:
@@ -97,90 +95,10 @@ def _follow(
     layers = decoder.layouts[0].num_layers
     if lookahead is None or not lookahead.goes_on((*call, layer), (*call, (layer - 1) % layers)) or not work:
         return None
-    batch, piece = work[0]
+    _, piece = work[0]
     if any(decoder.layouts[run.fmt].format.is_dense for run in piece.runs):
         return None
-    return decoder.step(piece, batch.size, (layer + 1) % layers)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Slices of every cohort and where they go.
-
-    Attributes:
-        cohorts: the slices.
-        scratch: bytes of the workspace for decoded pages; what follows them is for partial results.
-        halves: slices take the halves of the scratch in turns, so that one is decoded while another is attended to.
-    """
-
-    cohorts: tuple[Cohort, ...]
-    scratch: int
-    halves: bool = False
-
-
-def _plan(
-    q: torch.Tensor,
-    table: BlockTable,
-    layouts: Sequence[PageLayout],
-    cu_queries: tuple[int, ...],
-    rope: RoPESpec | None,
-    nbytes: int,
-    fp8: bool,
-    keeps: bool,
-) -> _Plan:
-    part, together = layouts[0].key, _together(q.device)
-    page_nbytes = decoded_page_nbytes(part, q.dtype)
-    longest = q[: max(end - begin for begin, end in pairwise(cu_queries))]
-    # Where the outputs of the whole batch find no room, its sequences go one after another.
-    for batched, rows in [(True, q)] * together + [(False, longest)] * (together or fp8):
-        room, half = _halved_room(rows, table, layouts, nbytes, fp8, keeps, table.batch if batched else 1)
-        if room is not None:
-            return _Plan(cohorts(table, cu_queries, rope, room, batched), 2 * half, halves=True)
-    if nbytes >= page_nbytes:
-        plan = _Plan(cohorts(table, cu_queries, rope, Room(nbytes // page_nbytes), together), nbytes)
-        if all(len(cohort.slices) <= 1 for cohort in plan.cohorts):
-            return plan
-    scratch = (nbytes - _running_nbytes(longest)) // GRANULE * GRANULE
-    if scratch < page_nbytes:
-        raise ArgumentError(
-            f"workspace: expected at least {align(page_nbytes, GRANULE) + _running_nbytes(longest)} bytes (K and V of "
-            f"one decoded page, running outputs of one sequence), got {nbytes}"
-        )
-    return _Plan(cohorts(table, cu_queries, rope, Room(scratch // page_nbytes), False), scratch)
-
-
-def _together(device: torch.device) -> bool:
-    """Whether equal sequences go through one call, and decoding runs ahead."""
-    return device.type == "cuda"
-
-
-def _halved_room(
-    q: torch.Tensor,
-    table: BlockTable,
-    layouts: Sequence[PageLayout],
-    nbytes: int,
-    fp8: bool,
-    keeps: bool,
-    sequences: int,
-) -> tuple[Room | None, int]:
-    """Pages of a slice, and bytes of half the scratch, if decoding runs one ahead; None if a half holds no page."""
-    part = layouts[0].key
-    slot = slot_nbytes(q.shape[0] * q.shape[1], q.shape[2], q.dtype)
-    slots = min(SLOTS, nbytes // 4 // slot) if fp8 else 0
-    half = max(0, nbytes - _running_nbytes(q) - slots * slot) // 2 // GRANULE * GRANULE
-    formats = frozenset(f for f in table.groups if fp8_attention.reads(layouts[f])) if slots else frozenset()
-    padding = fp8_attention.scratch_nbytes(sequences * part.heads, 1, part.head_dim, staged_decode.FP8_DTYPE)
-    fp8_pages = max(0, half - padding) // decoded_page_nbytes(part, staged_decode.FP8_DTYPE) if formats else 0
-    fp8_pages = min(fp8_pages, max(1, sequences * slots * fp8_attention.MOST_KEYS // part.tokens))
-    if half < decoded_page_nbytes(part, q.dtype) or (formats and not fp8_pages):
-        return None, half
-    dense = frozenset(f for f in table.groups if layouts[f].format.is_dense)
-    pages, lead = half // decoded_page_nbytes(part, q.dtype), _together(q.device) and not keeps
-    return Room(pages, fp8_pages, formats, lead, last=dense), half
-
-
-def _running_nbytes(q: torch.Tensor) -> int:
-    return align(q.numel() * 4, GRANULE)
+    return decoder.step(piece, (layer + 1) % layers)
 
 
 class _Batch:
@@ -190,17 +108,25 @@ class _Batch:
         self,
         q: torch.Tensor,
         cohort: Cohort,
+        cu_queries: tuple[int, ...],
         decoder: Decoder,
         scale: float,
         memory: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
-        self.size, self.slices, self.part = len(cohort.sequences), cohort.slices, decoder.layouts[0].key
-        self.tokens, heads = len(q) // self.size, q.shape[1]
-        self.q = q.view(self.size, self.tokens, *q.shape[1:])
+        self.slices, self.part = cohort.slices, decoder.layouts[0].key
+        first, size = cohort.sequences[0], len(cohort.sequences)
+        tokens = cu_queries[first + 1] - cu_queries[first]
+        self.rows, self.whole = cohort.rows, (out, lse)
         self.decoder, self.scale = decoder, scale
-        shape = (self.size, self.tokens, self.part.heads, heads // self.part.heads)
+        self.q = q[self.rows].view(size, tokens, *q.shape[1:])
+        if isinstance(self.rows, torch.Tensor):
+            out, lse = (x.new_empty((len(self.rows), *x.shape[1:])) for x in self.whole)
+        else:
+            out, lse = out[self.rows], lse[self.rows]
+        self.result = out, lse
+        shape = (size, tokens, self.part.heads, q.shape[1] // self.part.heads)
         self.partials = Partials(out.view(*shape, -1), lse.view(shape), memory)
         self.folded: torch.Tensor | None = None
         self.quantised: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -210,31 +136,35 @@ class _Batch:
         if piece.fp8:
             self._attend_fp8(piece, half)
         else:
-            self.partials.add(*self._attend_dense(piece, half))
+            self.partials.add(*self._attend_dense(piece, half), piece.members)
 
     def finish(self) -> None:
         """Write output and log-sum-exp."""
         self.partials.finish()
+        if isinstance(self.rows, torch.Tensor):
+            for whole, mine in zip(self.whole, self.result, strict=True):
+                whole.index_copy_(0, self.rows, mine)
 
     def _attend_dense(self, piece: Slice, half: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.folded is None:
             self.folded = fold_queries(self.q, self.part.heads)
+        some, size = slice(piece.members.start, piece.members.stop), len(piece.members)
         decoded = self.decoder.dense(piece, half)
-        keys, values = (x.view(self.size, -1, *x.shape[1:]).transpose(1, 2) for x in decoded)
-        return dense_attention(self.folded, keys, values, self.scale)
+        keys, values = (x.view(size, -1, *x.shape[1:]).transpose(1, 2) for x in decoded)
+        return dense_attention(self.folded[some], keys, values, self.scale)
 
     def _attend_fp8(self, piece: Slice, half: int) -> None:
-        scratch = self.decoder.fp8(piece, self.size, half)
+        scratch = self.decoder.fp8(piece, half)
         if self.quantised is None:
             rope = self.decoder.rope
             layout = self.decoder.layouts[piece.runs[0].fmt].key
             paired = layout.split_pairs if rope is None else rope.layout is RoPELayout.INTERLEAVED
             self.quantised = fp8_attention.quantise_queries(self.q, self.part.heads, paired, staged_decode.FP8_DTYPE)
-        shape = fp8_attention.launch_shape(self.part.head_dim)
-        problems, rows, _ = self.quantised[0].shape
-        wanted = fp8_attention.num_splits(problems, rows, scratch.num_keys, shape, self.q.device)
-        out, lse = self.partials.slots(min(wanted, self.partials.num_slots))
+        shape, heads = fp8_attention.launch_shape(self.part.head_dim), self.part.heads
+        some = slice(piece.members.start * heads, piece.members.stop * heads)
+        queries, scales = (x[some] for x in self.quantised)
+        wanted = fp8_attention.num_splits(len(queries), queries.shape[1], scratch.num_keys, shape, queries.device)
+        out, lse = self.partials.slots(min(wanted, self.partials.num_slots), piece.members)
         fp8_attention.attend(
-            *self.quantised, scratch, out, lse,
-            heads=self.part.heads, softmax_scale=self.scale, shape=shape,
+            queries, scales, scratch, out, lse, heads=heads, softmax_scale=self.scale, shape=shape
         )  # fmt: skip

@@ -12,11 +12,11 @@ from functools import partial
 import torch
 
 from qvg_paged.kernels import fp8_attention
-from qvg_paged.kernels.attention_plan import Slice
 from qvg_paged.kernels.decode import decode_pages
 from qvg_paged.kernels.layout import PageLayout, PartLayout
 from qvg_paged.kernels.lookahead import Step
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec
+from qvg_paged.kernels.slices import Slice
 
 __all__ = ["FP8_DTYPE", "Decoder", "decoded_page_nbytes"]
 
@@ -48,22 +48,22 @@ class Decoder:
     scratch: torch.Tensor
     halves: bool
 
-    def step(self, piece: Slice, sequences: int, layer: int) -> Step:
-        """Decoding of `layer` of a slice of as many pages of each of some sequences."""
+    def step(self, piece: Slice, layer: int) -> Step:
+        """Decoding of `layer` of a slice."""
         key = (id(piece), layer, self.buffer.data_ptr(), self.scratch.data_ptr(), self.dtype)
-        return Step(key, partial(self._decode, piece, sequences, layer))
+        return Step(key, partial(self._decode, piece, layer))
 
     def dense(self, piece: Slice, half: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a slice, ``[pages * tokens, heads, head_dim]``."""
+        """Keys and values of a slice, ``[pages * tokens, heads, head_dim]``, member by member."""
         part = self.layouts[0].key
         nbytes = piece.count * decoded_page_nbytes(part, self.dtype)
         shape = (2, piece.count * part.tokens, part.heads, part.head_dim)
         keys, values = self._memory(half)[:nbytes].view(self.dtype).view(shape)
         return keys, values
 
-    def fp8(self, piece: Slice, sequences: int, half: int) -> fp8_attention.Fp8Scratch:
+    def fp8(self, piece: Slice, half: int) -> fp8_attention.Fp8Scratch:
         """Scratch of an FP8 slice."""
-        part = self.layouts[0].key
+        part, sequences = self.layouts[0].key, len(piece.members)
         keys = piece.count // sequences * part.tokens
         return fp8_attention.Fp8Scratch.carve(
             self._memory(half), sequences * part.heads, keys, part.head_dim, FP8_DTYPE
@@ -73,9 +73,9 @@ class Decoder:
         size = self.scratch.numel() // 2
         return self.scratch[size * half : size * (half + 1)] if self.halves else self.scratch
 
-    def _decode(self, piece: Slice, sequences: int, layer: int, half: int, stream: torch.cuda.Stream | None) -> None:
+    def _decode(self, piece: Slice, layer: int, half: int, stream: torch.cuda.Stream | None) -> None:
         if self.buffer.device.type != "cuda":
-            self._launch(piece, sequences, layer, half)
+            self._launch(piece, layer, half)
             return
         from qvg_paged.kernels.launch import recorded  # noqa: PLC0415 - triton is only loaded where it is used
 
@@ -87,13 +87,13 @@ class Decoder:
                 repeat(raw)
             return
         with nullcontext() if stream is None else torch.cuda.stream(stream), recorded() as launches:
-            self._launch(piece, sequences, layer, half)
+            self._launch(piece, layer, half)
         piece.launches[key] = launches
 
-    def _launch(self, piece: Slice, sequences: int, layer: int, half: int) -> None:
+    def _launch(self, piece: Slice, layer: int, half: int) -> None:
         rope_layout = RoPELayout.INTERLEAVED if self.rope is None else self.rope.layout
         if piece.fp8:
-            scratch = self.fp8(piece, sequences, half)
+            scratch = self.fp8(piece, half)
             fp8_attention.decode_runs(scratch, self.buffer, piece.runs, tuple(self.layouts), layer, rope_layout)
             return
         keys, values = self.dense(piece, half)

@@ -9,7 +9,7 @@ from tolerance import exact_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qvg_paged.kernels import staged_attention
+from qvg_paged.kernels import staged_plan
 from qvg_paged.kernels.attention import AttentionPath, attention_workspace_nbytes, paged_attention
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.errors import ArgumentError
@@ -129,7 +129,7 @@ def test_a_ragged_batch_gives_each_sequence_what_it_gets_alone(path: AttentionPa
 
 
 def test_a_batch_of_equal_sequences_can_be_attended_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staged_attention, "_together", lambda _: True)
+    monkeypatch.setattr(staged_plan, "_together", lambda _: True)
     rope = RoPESpec(head_dim=64, grid=(4, 5))
     case = build_case(MIXED, [[1, 1, 4, 0], [1, 1, 4, 0], [4, 0, 1, 1], [1, 0, 0, 0]], tokens=20, rope=rope)
     cu = [0, 8, 16, 24, 32]
@@ -144,6 +144,35 @@ def test_a_batch_of_equal_sequences_can_be_attended_together(monkeypatch: pytest
         case.check(q, cu, out, lse, 0.125)
 
 
+@pytest.mark.parametrize("path", [AttentionPath.STAGED, AttentionPath.STAGED_FP8])
+def test_sequences_of_different_lengths_share_slices_as_far_as_they_go(
+    monkeypatch: pytest.MonkeyPatch, path: AttentionPath
+) -> None:
+    monkeypatch.setattr(staged_plan, "_together", lambda _: True)
+    formats = [DENSE, FORMATS["qvg-int2"]]
+    case = build_case(formats, [[1, 0], [1] * 5 + [0] * 2, [], [1] * 3 + [0], [0], [1] * 5], tokens=20)
+    cu, page = [0, 8, 16, 24, 32, 35, 43], 2 * 20 * 2 * 64 * 4
+    q = torch.randn(43, 4, 64)
+    sizes = []
+    for pages in (2, 5, 12, 60):
+        workspace = torch.full((pages * page + q.numel() * 12,), 0xFF, dtype=torch.uint8)
+        out, lse = paged_attention(
+            q, case.buffer, case.table, case.layouts, 1, cu_seqlens_q=cu, path=path, workspace=workspace
+        )
+        if path is AttentionPath.STAGED:
+            case.check(q, cu, out, lse, 0.125)
+        for b in (0, 1, 3, 4, 5):
+            rows = slice(cu[b], cu[b + 1])
+            exact, _ = exact_attention(q[rows], *case.history(b), 0.125)
+            assert (out[rows].double() - exact).norm() < 0.1 * exact.norm()
+        assert (out[cu[2] : cu[3]] == 0).all()
+        (plan,) = [made for key, made in case.table.cache.items() if key[0] == "plan" and key[5] == workspace.numel()]
+        assert sorted(cohort.sequences for cohort in plan.cohorts) == [(1, 5, 3, 0, 2), (4,)]
+        sizes.append(len(plan.cohorts[0].slices))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == 6  # pages that 4, 3 and 2 of them have in one format, that 1, 2 and 1 have in the other
+
+
 @pytest.mark.parametrize(
     ("path", "together"),
     [(AttentionPath.STAGED, False), (AttentionPath.STAGED, True), (AttentionPath.STAGED_FP8, True)],
@@ -151,7 +180,7 @@ def test_a_batch_of_equal_sequences_can_be_attended_together(monkeypatch: pytest
 def test_a_workspace_for_one_sequence_serves_a_batch(
     monkeypatch: pytest.MonkeyPatch, path: AttentionPath, together: bool
 ) -> None:
-    monkeypatch.setattr(staged_attention, "_together", lambda _: together)
+    monkeypatch.setattr(staged_plan, "_together", lambda _: together)
     case = build_case([DENSE, FORMATS["qvg-int2"]], [[1, 1, 0]] * 3, tokens=9, dtype=torch.float16)
     cu = [0, 40, 80, 95]
     q = torch.randn(95, 4, 64).half()

@@ -14,9 +14,8 @@ import torch
 from attention_case import LAYER, Case, build_case
 from tolerance import exact_attention
 
-from qvg_paged.kernels import fp8_attention, merge, staged_attention, staged_decode
+from qvg_paged.kernels import fp8_attention, merge, staged_decode, staged_plan
 from qvg_paged.kernels.attention import AttentionPath, attention_workspace_nbytes, paged_attention
-from qvg_paged.kernels.attention_plan import Room, cohorts
 from qvg_paged.kernels.backend import Backend
 from qvg_paged.kernels.formats import DENSE, DENSE_CODEC, FORMATS, CentroidType, PageFormat
 from qvg_paged.kernels.fp8_attention import (
@@ -30,6 +29,7 @@ from qvg_paged.kernels.fp8_attention import (
 )
 from qvg_paged.kernels.reference_fp8 import key_rows, units
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec
+from qvg_paged.kernels.slices import Room, cohorts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -162,7 +162,7 @@ def test_e4m3_costs_what_its_three_mantissa_bits_explain() -> None:
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path with the cohorts and slices of a GPU, the twins on a CPU."""
-    monkeypatch.setattr(staged_attention, "_together", lambda _: True)
+    monkeypatch.setattr(staged_plan, "_together", lambda _: True)
 
 
 @pytest.mark.parametrize("layout", [None, *RoPELayout])
@@ -177,7 +177,7 @@ def test_mixed_pages_of_a_ragged_batch_are_attended(
     case = build_case(formats, sequences, tokens=32, dtype=torch.float16, rope=rope, device=DEVICE)
     cu = [0, 20, 25, 30, 37, 40, 41]
     q = torch.randn(41, 4, 64, device=DEVICE).half()
-    tail = 41 * 4 * 64 * (4 + 2 * staged_attention.SLOTS)
+    tail = 41 * 4 * 64 * (4 + 2 * staged_plan.SLOTS)
     workspace = torch.full((2 * pages * 32 * 2 * 64 * 4 + tail + 70000,), 0xFF, dtype=torch.uint8, device=DEVICE)
     out, lse = paged_attention(
         q, case.buffer, case.table, case.layouts, LAYER,

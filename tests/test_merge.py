@@ -6,7 +6,7 @@ from qvg_paged.kernels import partials as partials_module
 from qvg_paged.kernels._merge_triton import MOST_PIECES
 from qvg_paged.kernels.backend import Backend
 from qvg_paged.kernels.merge import merge_into_reference, merge_partials, merge_pieces
-from qvg_paged.kernels.partials import run_merges
+from qvg_paged.kernels.partials import Partials, run_merges
 
 BACKENDS = [Backend.TORCH, Backend.TRITON]
 EMPTY = float("-inf")
@@ -96,6 +96,29 @@ def test_merges_run_ahead_meet_every_combination_of_types_and_a_full_set_of_piec
         seen.add((pieces[0][0].dtype, pieces[-1][0].dtype, out.dtype))
 
     monkeypatch.setattr(partials_module, "merge_pieces", merge)
+    assert MOST_PIECES == partials_module.PENDING + 1
     run_merges(64, torch.bfloat16, torch.device("cpu"))
     half, single = torch.bfloat16, torch.float32
-    assert seen == {(half, half, half), (half, half, single), (single, half, single), (single, half, half)}
+    assert seen == {(half, half, half), (single, half, single), (single, half, half), (single, single, half)}
+
+
+def test_pieces_of_some_of_the_sequences_merge_into_their_rows_alone() -> None:
+    q, k, v = torch.randn(4, 5, 2, 64), torch.randn(4, 40, 2, 64), torch.randn(4, 40, 2, 64)
+    out, lse = torch.empty(4, 5, 2, 1, 64), torch.empty(4, 5, 2, 1)
+    whole = Partials(out, lse, torch.full((1 << 16,), 0xFF, dtype=torch.uint8))
+    keys = {0: range(0), 1: range(0), 2: range(0), 3: range(0)}
+    for members, count in ((range(3), 10), (range(3), 3), (range(2), 7), (range(1), 4), (range(2), 2), (range(1), 9)):
+        pieces = []
+        for b in members:
+            some = slice(keys[b].stop, keys[b].stop + count)
+            keys[b] = range(keys[b].stop + count)
+            pieces.append(exact_attention(q[b], k[b, some], v[b, some], 0.3))
+        piece, sums = (torch.stack([found[i] for found in pieces]).float().transpose(1, 2) for i in range(2))
+        whole.add(piece, sums, members)
+    whole.finish()
+    for b in range(3):
+        exact, exact_lse = exact_attention(q[b], k[b, : keys[b].stop], v[b, : keys[b].stop], 0.3)
+        torch.testing.assert_close(out[b, :, :, 0].double(), exact, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse[b, :, :, 0].double(), exact_lse, rtol=1e-6, atol=1e-6)
+    assert (out[3] == 0).all()
+    assert (lse[3] == EMPTY).all()

@@ -1,0 +1,113 @@
+"""How the staged path divides its workspace, and with that a call."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from qvg_paged.kernels import fp8_attention, staged_decode
+from qvg_paged.kernels.block_table import BlockTable
+from qvg_paged.kernels.errors import ArgumentError
+from qvg_paged.kernels.layout import GRANULE, PageLayout, align
+from qvg_paged.kernels.partials import slot_nbytes
+from qvg_paged.kernels.rope import RoPESpec
+from qvg_paged.kernels.slices import Cohort, Room, cohorts
+from qvg_paged.kernels.staged_decode import decoded_page_nbytes
+
+__all__ = ["SLOTS", "Plan", "make_plan", "running_nbytes"]
+
+SLOTS = 4
+"""Partial results of FP8 attention that are kept at once, if they fit a quarter of the workspace."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Slices of every cohort and where they go.
+
+    Attributes:
+        cohorts: the slices.
+        scratch: bytes of the workspace for decoded pages; what follows them is for partial results.
+        halves: slices take the halves of the scratch in turns, so that one is decoded while another is attended to.
+    """
+
+    cohorts: tuple[Cohort, ...]
+    scratch: int
+    halves: bool = False
+
+
+def make_plan(
+    q: torch.Tensor,
+    table: BlockTable,
+    layouts: Sequence[PageLayout],
+    cu_queries: tuple[int, ...],
+    rope: RoPESpec | None,
+    nbytes: int,
+    fp8: bool,
+    keeps: bool,
+) -> Plan:
+    """Cut a call into slices for a workspace of `nbytes` bytes.
+
+    Args:
+        q, table, layouts, cu_queries, rope: of the call.
+        nbytes: bytes of the workspace.
+        fp8: attend to quantised pages in FP8.
+        keeps: decoding goes on between calls.
+
+    Raises:
+        ArgumentError: the workspace is too small.
+    """
+    part, together = layouts[0].key, _together(q.device)
+    page_nbytes = decoded_page_nbytes(part, q.dtype)
+    longest = q[: max(end - begin for begin, end in pairwise(cu_queries))]
+    # Where the outputs of the whole batch find no room, its sequences go one after another.
+    for batched, rows in [(True, q)] * together + [(False, longest)] * (together or fp8):
+        room, half = _halved_room(rows, table, layouts, nbytes, fp8, keeps, table.batch if batched else 1)
+        if room is not None:
+            return Plan(cohorts(table, cu_queries, rope, room, batched), 2 * half, halves=True)
+    if nbytes >= page_nbytes:
+        plan = Plan(cohorts(table, cu_queries, rope, Room(nbytes // page_nbytes), together), nbytes)
+        if all(len(cohort.slices) <= 1 for cohort in plan.cohorts):
+            return plan
+    scratch = (nbytes - running_nbytes(longest)) // GRANULE * GRANULE
+    if scratch < page_nbytes:
+        raise ArgumentError(
+            f"workspace: expected at least {align(page_nbytes, GRANULE) + running_nbytes(longest)} bytes (K and V of "
+            f"one decoded page, running outputs of one sequence), got {nbytes}"
+        )
+    return Plan(cohorts(table, cu_queries, rope, Room(scratch // page_nbytes), False), scratch)
+
+
+def _together(device: torch.device) -> bool:
+    """Whether equal sequences go through one call, and decoding runs ahead."""
+    return device.type == "cuda"
+
+
+def _halved_room(
+    q: torch.Tensor,
+    table: BlockTable,
+    layouts: Sequence[PageLayout],
+    nbytes: int,
+    fp8: bool,
+    keeps: bool,
+    sequences: int,
+) -> tuple[Room | None, int]:
+    """Pages of a slice, and bytes of half the scratch, if decoding runs one ahead; None if a half holds no page."""
+    part = layouts[0].key
+    slot = slot_nbytes(q.shape[0] * q.shape[1], q.shape[2], q.dtype)
+    slots = min(SLOTS, nbytes // 4 // slot) if fp8 else 0
+    half = max(0, nbytes - running_nbytes(q) - slots * slot) // 2 // GRANULE * GRANULE
+    formats = frozenset(f for f in table.groups if fp8_attention.reads(layouts[f])) if slots else frozenset()
+    padding = fp8_attention.scratch_nbytes(sequences * part.heads, 1, part.head_dim, staged_decode.FP8_DTYPE)
+    fp8_pages = max(0, half - padding) // decoded_page_nbytes(part, staged_decode.FP8_DTYPE) if formats else 0
+    fp8_pages = min(fp8_pages, max(1, sequences * slots * fp8_attention.MOST_KEYS // part.tokens))
+    if half < decoded_page_nbytes(part, q.dtype) or (formats and not fp8_pages):
+        return None, half
+    dense = frozenset(f for f in table.groups if layouts[f].format.is_dense)
+    pages, lead = half // decoded_page_nbytes(part, q.dtype), _together(q.device) and not keeps
+    return Room(pages, fp8_pages, formats, lead, last=dense), half
+
+
+def running_nbytes(q: torch.Tensor) -> int:
+    """Bytes of running outputs of `q`, in float32."""
+    return align(q.numel() * 4, GRANULE)
