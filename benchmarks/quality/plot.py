@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 __all__ = ["plot"]
 
-COLOURS = {"baseline": "tab:blue", "library": "tab:red", "candidate": "tab:orange"}
+COLOURS = {"baseline": "tab:blue", "library": "tab:red", "finalist": "tab:orange", "candidate": "lightgrey"}
 
 
 def plot(results: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> Path:
@@ -22,8 +22,10 @@ def plot(results: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> Pat
             if "skipped" in row or row["group"] == "control":
                 continue
             bits, decibels = row["bits"], row["dense"]["mean"]
-            axis.scatter(bits, decibels, color=COLOURS[row["group"]])
-            axis.annotate(row["name"], (bits, decibels), fontsize=6, xytext=(4, 2), textcoords="offset points")
+            named = row["group"] != "candidate"
+            axis.scatter(bits, decibels, color=COLOURS[row["group"]], s=None if named else 8, zorder=2 if named else 1)
+            if named:
+                axis.annotate(row["name"], (bits, decibels), fontsize=6, xytext=(4, 2), textcoords="offset points")
         for group, colour in COLOURS.items():
             axis.scatter([], [], color=colour, label=group)
         axis.set(xlabel="stored bits per number, everything counted", title=f"{model}, {variant}")

@@ -60,7 +60,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         "| truth, dB | top key changes |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    groups = {"control": 0, "baseline": 1, "library": 2, "candidate": 3}
+    groups = {"control": 0, "baseline": 1, "library": 2, "finalist": 3, "candidate": 4}
     done = [row for row in rows if "skipped" not in row]
     for row in sorted(done, key=lambda row: (groups[row["group"]], row["bits"])):
         dense, truth = row["dense"], row["truth"]

@@ -21,7 +21,7 @@ class Row:
     Attributes:
         name: as printed.
         cache: what is run.
-        group: "control", "baseline", "library" or "candidate".
+        group: "control", "baseline", "library", "finalist" or "candidate".
     """
 
     name: str
@@ -154,7 +154,7 @@ def finalists() -> list[Row]:
             replace(v, centroids=value),
         )
 
-    return [
+    found = [
         ours("knee", 32, 16),
         pair("K int4, V 2 bits, Kc=16/21", replace(k, levels="int4", centroids=16), replace(v, centroids=21)),
         pair("K 2 bits, V int4, Kc=21/16", replace(k, centroids=21), replace(v, levels="int4", centroids=16)),
@@ -171,6 +171,7 @@ def finalists() -> list[Row]:
         ours("knee", 8, 8),
         pair("4 bits, blocks of 64, Kc=16", *(replace(c, levels="int4", centroids=16, block=64) for c in (k, v))),
     ]  # fmt: skip
+    return [replace(row, group="finalist") for row in found]
 
 
 def candidates() -> list[Row]:
