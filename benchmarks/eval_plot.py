@@ -20,7 +20,8 @@ def plot(results: dict[str, Any], path: Path) -> Path:
     for row, (variant, result) in zip(axes, results.items(), strict=True):
         _bits(row[0], result["rows"], variant)
         _curves(row[1], result["rows"])
-        _same_bytes(row[2], result["same_bytes"])
+        if result["same_bytes"]:
+            _same_bytes(row[2], result["same_bytes"])
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -56,5 +56,10 @@ FORMAT_ROWS = (
     _of("qvg4-int2, keys only", OURS, DENSE_CODEC),
     _of("qvg4-int2, values only", DENSE_CODEC, OURS),
     _of("qvg4, keys int4 and values int2", replace(OURS, grid=Grid.INT4), OURS),
+    *(
+        Row(name=f"{name}, {path.value}", format=FORMATS[name], path=path)
+        for name in ("qvg4-int2", "best-2bit")
+        for path in (AttentionPath.STAGED, AttentionPath.STAGED_FP8)
+    ),
 )
-"""Every known format, then one change at a time."""
+"""Every known format, then one change at a time, then the precisions of attention."""

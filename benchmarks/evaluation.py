@@ -6,7 +6,7 @@ renderer's truth.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class EvalOptions:
         num_centroids: centroids per span, or None for the library's rule.
         variants: "plain" and "outliers" (keys with outlier channels; the same function).
         only: names of rows to run; empty for all.
-        same_bytes: name of the row that is compared with an unquantised window of the same bytes.
+        same_bytes: name of the row that is compared with an unquantised window of the same bytes; None for none.
         memory: budget of the manager under test.
         path: how attention reads pages, in rows that do not say so themselves.
     """
@@ -63,7 +63,7 @@ class EvalOptions:
     num_centroids: int | None = None
     variants: tuple[str, ...] = ("plain", "outliers")
     only: tuple[str, ...] = ()
-    same_bytes: str = "qvg4-int2"
+    same_bytes: str | None = "qvg4-int2"
     memory: str = "6GiB"
     path: AttentionPath = AttentionPath.AUTO
 
@@ -177,8 +177,15 @@ def _same_bytes(bench: _Bench, dense: Tensor, row: Row) -> dict[str, Any]:
     }
 
 
-def run(options: EvalOptions, progress: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run the evaluation; ``results`` of a result file: per variant the rows and the comparison at the same bytes."""
+def run(
+    options: EvalOptions,
+    progress: Callable[[str], None] = print,
+    save: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Run the evaluation; ``results`` of a result file: per variant the rows and the comparison at the same bytes.
+
+    `save` is called with what there is after every row.
+    """
     results: dict[str, Any] = {}
     for variant in options.variants:
         model = load_model(options.weights, options.device)
@@ -193,12 +200,16 @@ def run(options: EvalOptions, progress: Callable[[str], None] = print) -> dict[s
             world_seed=options.world_seed,
             device=options.device,
         )
-        results[variant] = _run_variant(_Bench(model, shots, options), progress, variant)
+        for outcome in _run_variant(_Bench(model, shots, options), progress, variant):
+            results[variant] = outcome
+            save(results)
     return results
 
 
-def _run_variant(bench: _Bench, progress: Callable[[str], None], variant: str) -> dict[str, Any]:
-    options, ours = bench.options, _row(bench.options.same_bytes)
+def _run_variant(bench: _Bench, progress: Callable[[str], None], variant: str) -> Iterator[dict[str, Any]]:
+    """The outcome so far, after every row."""
+    options = bench.options
+    ours = None if options.same_bytes is None else _row(options.same_bytes)
     base = Row(name="unquantised, all history", format=DENSE)
     dense = bench.videos(base)
     rows = [{"name": base.name, "bits": bench.bits(base), **bench.compare(dense, dense)}]
@@ -208,14 +219,16 @@ def _run_variant(bench: _Bench, progress: Callable[[str], None], variant: str) -
     for row in wanted:
         start = time.perf_counter()
         video = bench.videos(row)
-        rows.append({"name": row.name, "bits": bench.bits(row), **bench.compare(video, dense)})
-        scores = rows[-1]
+        scores = {"name": row.name, "bits": bench.bits(row), **bench.compare(video, dense)}
+        rows.append({**scores, "seconds": round(time.perf_counter() - start, 2)})
         progress(
             f"{variant:9s} {row.name:36s} {scores['bits']:6.3f} bits   vs unquantised {scores['dense']['first']:6.2f} "
             f"{scores['dense']['mean']:6.2f} dB   vs truth {scores['truth']['mean']:6.2f} dB   "
             f"{time.perf_counter() - start:5.1f} s"
         )
-    return {"rows": rows, "same_bytes": _same_bytes(bench, dense, ours), "options": _plain(options)}
+        yield {"rows": rows, "same_bytes": None, "options": _plain(options)}
+    same = None if ours is None else _same_bytes(bench, dense, ours)
+    yield {"rows": rows, "same_bytes": same, "options": _plain(options)}
 
 
 def _row(name: str) -> Row:

@@ -90,6 +90,8 @@ def _same_bytes(content: Result) -> str:
                "all history in 2 bits, dB to truth", "all history unquantised, dB to truth", "gain, dB"]  # fmt: skip
     rows = []
     for variant, outcome in content["results"].items():
+        if not outcome["same_bytes"]:
+            continue
         same, scores = outcome["same_bytes"], outcome["same_bytes"]["scores"]
         truths = [f"{scores[name]['truth']:.2f}" for name in ("window", "quantised", "unquantised")]
         sizes = [_mb(same["peak_nbytes"]), str(same["window_frames"])]

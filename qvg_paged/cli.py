@@ -143,7 +143,7 @@ def evaluate(
     variant: Annotated[list[str] | None, typer.Option(help="plain or outliers; repeatable (default: both).")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Run this row; repeatable (default: all).")] = None,
     same_bytes: Annotated[
-        str, typer.Option(help="Format compared with an unquantised window of its bytes; not with --frontier.")
+        str, typer.Option(help="Row compared with an unquantised window of its bytes, or none; not with --frontier.")
     ] = "qvg4-int2",
     frontier: Annotated[
         bool, typer.Option("--frontier", help="Bits against quality: published codecs, candidates, presets.")
@@ -187,15 +187,19 @@ def evaluate(
         options = module.EvalOptions(
             weights=defaults.weights_path, device=defaults.torch_device.type, worlds=worlds, given=given, seed=seed,
             steps=steps, span_frames=span_frames, num_centroids=centroids, memory=memory, path=path,
-            only=tuple(only or ()), same_bytes=same_bytes, **({"variants": tuple(variant)} if variant else {}),
+            only=tuple(only or ()), same_bytes=None if same_bytes == "none" else same_bytes,
+            **({"variants": tuple(variant)} if variant else {}),
         )  # fmt: skip
-        results = module.run(options, lambda line: console.print(line, markup=False, soft_wrap=True))
         config = {**vars(options), "weights": options.weights.name}
-        content = files.result(device=options.device, config=config, results=results)
-        for file in (out / "result.json", *([json_file] if json_file else [])):
-            files.write(file, content)
-        _benchmark("eval_plot").plot(content["results"], out / "plot.png")
-    print_evaluation(console, content["results"])
+
+        def save(found: dict[str, Any]) -> None:
+            content = files.result(device=options.device, config=config, results=found)
+            for file in (out / "result.json", *([json_file] if json_file else [])):
+                files.write(file, content)
+
+        results = module.run(options, lambda line: console.print(line, markup=False, soft_wrap=True), save)
+        _benchmark("eval_plot").plot(results, out / "plot.png")
+    print_evaluation(console, results)
     console.print(f"plot: {out / 'plot.png'}", soft_wrap=True)
 
 

@@ -134,13 +134,14 @@ def print_evaluation(console: Console, results: Mapping[str, Any]) -> None:
         rows = [_evaluation_row(row) for row in outcome["rows"]]
         title = f"{variant}: dB against the unquantised cache (first, mean, SSIM), against truth (mean, last)"
         console.print(table(title, columns, rows))
-        same, scores = outcome["same_bytes"], outcome["same_bytes"]["scores"]
-        console.print(
-            f"same bytes ({_mb(same['peak_nbytes'])} MB a stream), frames whose source left the window of "
-            f"{same['window_frames']}: {same['format']} with all history {scores['quantised']['truth']:.2f} dB "
-            f"to truth, unquantised window {scores['window']['truth']:.2f} dB, gain {same['gain_truth']:+.2f} dB",
-            soft_wrap=True,
-        )
+        if same := outcome["same_bytes"]:
+            scores = same["scores"]
+            console.print(
+                f"same bytes ({_mb(same['peak_nbytes'])} MB a stream), frames whose source left the window of "
+                f"{same['window_frames']}: {same['format']} with all history {scores['quantised']['truth']:.2f} dB "
+                f"to truth, unquantised window {scores['window']['truth']:.2f} dB, gain {same['gain_truth']:+.2f} dB",
+                soft_wrap=True,
+            )
 
 
 def _evaluation_row(row: Mapping[str, Any]) -> list[str]:
