@@ -13,8 +13,8 @@ __all__ = ["merge_partials", "merge_pieces"]
 
 BLOCK_ROWS = 16
 MOST_PIECES = 5
-STRIDE = tl.constexpr(16)
-"""Strides come times 16: in a tuple Triton would compile anew for 1 and for multiples of 16, whatever is asked for."""
+UNIT = tl.constexpr(16)
+"""In a tuple Triton compiles anew for 1 and for multiples of 16, whatever is asked for: all strides are multiples."""
 FEW_ROWS = 8192
 """Rows up to which a row is merged by a program of its own, all of its partial results at once."""
 
@@ -76,10 +76,7 @@ def _merge_row_kernel(
 @triton.jit
 def _offset(sequence, token, head, member, strides):
     return (
-        sequence.to(tl.int64) * (strides[0] // STRIDE)
-        + token.to(tl.int64) * (strides[1] // STRIDE)
-        + head * (strides[2] // STRIDE)
-        + member * (strides[3] // STRIDE)
+        sequence.to(tl.int64) * strides[0] + token.to(tl.int64) * strides[1] + head * strides[2] + member * strides[3]
     )
 
 
@@ -99,7 +96,7 @@ def _merge_pieces_kernel(
     merged = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
     for i in tl.static_range(MOST):
         at = _offset(sequence, token, head, member, sum_strides[i])
-        part_lse = tl.load(sums[i] + at, mask=inside & (i + tl.zeros([BLOCK], tl.int32) < count), other=float("-inf"))
+        part_lse = tl.load(sums[i] + at // UNIT, mask=inside & (i + tl.zeros([BLOCK], tl.int32) < count), other=float("-inf"))
         filled = part_lse != float("-inf")
         at = _offset(sequence, token, head, member, strides[i])
         part = tl.load(pieces[i] + at[:, None] + channel[None, :], mask=filled[:, None], other=0.0).to(tl.float32)
@@ -122,14 +119,22 @@ def merge_pieces(pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], out: torch
     outs, sums = zip(*pieces, *[pieces[-1]] * (MOST_PIECES - len(pieces)), strict=True)  # one kernel for any number
     launch(
         _merge_pieces_kernel, (triton.cdiv(rows, BLOCK_ROWS),),
-        out, lse, outs, sums, _strides(tuple(x.stride() for x in outs)), _strides(tuple(x.stride() for x in sums)),
+        out, lse, outs, sums, _strides(outs, 1), _strides(sums, UNIT.value),
         len(pieces), rows, tokens, heads, group, HEAD_DIM=dim, BLOCK=BLOCK_ROWS, MOST=MOST_PIECES,
     )  # fmt: skip
 
 
+def _strides(tensors: Sequence[torch.Tensor], unit: int) -> tuple[tuple[int, ...], ...]:
+    return _multiples(tuple((x.shape[:4], x.stride()[:4]) for x in tensors), unit)
+
+
 @lru_cache(maxsize=1024)
-def _strides(strides: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(STRIDE.value * step for step in each[:4]) for each in strides)
+def _multiples(shapes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], unit: int) -> tuple[tuple[int, ...], ...]:
+    """Strides times `unit`; 0 where there is nowhere to step to."""
+    return tuple(
+        tuple(step * unit if size > 1 else 0 for size, step in zip(shape, strides, strict=True))
+        for shape, strides in shapes
+    )
 
 
 def merge_partials(partials: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from bench.gate import AttentionGate
 from bench.history import History, HistorySpec, sub_table
 from bench.rows import Case, System
 from bench.settings import Bench
-from qvg_paged.kernels import AttentionPath
+from qvg_paged.kernels import AttentionPath, Lookahead
 
 __all__ = ["EVEN", "SINGLE", "ragged_cases"]
 
@@ -39,7 +39,7 @@ def _ragged_systems(bench: Bench, queries: int, spec: HistorySpec, even: History
     def make() -> Iterator[System]:
         q = torch.randn(queries * len(spec.frames), spec.heads, spec.head_dim, device=bench.device).bfloat16()
         cu = tuple(range(0, len(q) + 1, queries))
-        workspace = scratch(spec, bench.device)
+        workspace, lookahead = scratch(spec, bench.device), Lookahead()
         paths = {name: path for name, path in PATHS.items() if not bench.is_small or path is AttentionPath.AUTO}
         for about, one in (("", spec), (EVEN, even)):
             history = bench.history(one)
@@ -47,7 +47,7 @@ def _ragged_systems(bench: Bench, queries: int, spec: HistorySpec, even: History
             shape = AttentionShape(queries, one, one.heads)
             for name, path in paths.items():
                 check = path_check(gate, path)
-                run = paged_call(q, history, cu, path, workspace)
+                run = paged_call(q, history, cu, path, workspace, lookahead=lookahead)
                 work = shape.work(history.stored_nbytes)
                 yield System(name + about, run, work, check, history.sets, ours=not about)
                 if not about:
