@@ -95,8 +95,9 @@ def _merge_pieces_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     merged = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
     for i in tl.static_range(MOST):
-        at = _offset(sequence, token, head, member, sum_strides[i])
-        part_lse = tl.load(sums[i] + at // UNIT, mask=inside & (i + tl.zeros([BLOCK], tl.int32) < count), other=float("-inf"))
+        at = _offset(sequence, token, head, member, sum_strides[i]) // UNIT
+        given = inside & (i + tl.zeros([BLOCK], tl.int32) < count)
+        part_lse = tl.load(sums[i] + at, mask=given, other=float("-inf"))
         filled = part_lse != float("-inf")
         at = _offset(sequence, token, head, member, strides[i])
         part = tl.load(pieces[i] + at[:, None] + channel[None, :], mask=filled[:, None], other=0.0).to(tl.float32)

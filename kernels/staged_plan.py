@@ -95,9 +95,10 @@ def _halved_room(
     """Pages of a slice, and bytes of half the scratch, if decoding runs one ahead; None if a half holds no page."""
     part = layouts[0].key
     slot = slot_nbytes(q.shape[0] * q.shape[1], q.shape[2], q.dtype)
-    slots = min(SLOTS, nbytes // 4 // slot) if fp8 else 0
+    formats = frozenset(f for f in table.groups if fp8 and fp8_attention.reads(layouts[f]))
+    slots = min(SLOTS, nbytes // 4 // slot) if formats else 0
+    formats = formats if slots else frozenset()
     half = max(0, nbytes - running_nbytes(q) - slots * slot) // 2 // GRANULE * GRANULE
-    formats = frozenset(f for f in table.groups if fp8_attention.reads(layouts[f])) if slots else frozenset()
     padding = fp8_attention.scratch_nbytes(sequences * part.heads, 1, part.head_dim, staged_decode.FP8_DTYPE)
     fp8_pages = max(0, half - padding) // decoded_page_nbytes(part, staged_decode.FP8_DTYPE) if formats else 0
     fp8_pages = min(fp8_pages, max(1, sequences * slots * fp8_attention.MOST_KEYS // part.tokens))
