@@ -50,7 +50,10 @@ def dense_systems(q: torch.Tensor, batch: int, dense: Sequence[Pair]) -> Iterato
 
 
 def _xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`memory_efficient_attention` of ``[batch, tokens, heads, head_dim]`` queries, whatever it dispatches to."""
+    """`memory_efficient_attention` of ``[batch, tokens, heads, head_dim]`` queries: the operator it tries first.
+
+    The function itself turns everything on a GPU away if the package's compiled part was built for another PyTorch.
+    """
     from xformers.ops import fmha  # noqa: PLC0415 - optional, and slow to import
 
     k, v = (x.transpose(1, 2) for x in (k, v))
@@ -58,4 +61,4 @@ def _xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
         shape = (*k.shape[:3], q.shape[2] // k.shape[2], k.shape[3])
         q = q.unflatten(2, shape[2:4])
         k, v = (x.unsqueeze(3).expand(shape) for x in (k, v))
-    return fmha.memory_efficient_attention_forward(q, k, v)
+    return fmha.flash.FwOp.apply(fmha.Inputs(query=q, key=k, value=v), needs_gradient=False)[0]
