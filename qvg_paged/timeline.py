@@ -32,7 +32,12 @@ class Demand:
         )
 
     def __sub__(self, other: "Demand") -> "Demand":
-        return self + other * -1
+        return Demand(
+            self.dense_pages - other.dense_pages,
+            self.quantised_pages - other.quantised_pages,
+            self.codebooks - other.codebooks,
+            self.demoted_pages - other.demoted_pages,
+        )
 
     def __mul__(self, count: int) -> "Demand":
         return Demand(

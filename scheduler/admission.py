@@ -1,13 +1,13 @@
 """Who gets in, and who makes way for them: one pass over the line, on the books of one step."""
 
 from collections.abc import Iterator, Mapping, Set
+from math import ceil
 
 from qvg_paged.scheduler.books import Advice, Books
 from qvg_paged.scheduler.decision import Decision, Reason
 from qvg_paged.scheduler.line import ByKey, Group, Order, Ranking, Waiting
 from qvg_paged.scheduler.relief import relieve_pool
 from qvg_paged.scheduler.request import StreamState
-from qvg_paged.scheduler.snapshot import may_be_parked
 from qvg_paged.scheduler.state import BEHIND, QUOTA, Entry, Rules, State
 from qvg_paged.timeline import Demand
 
@@ -69,15 +69,15 @@ def _order(books: Books, advice: Advice) -> Order:
     """The line in the policy's order, after those that a floor entitles; on hold, parked ones come first."""
     state = books.state
     out = {decision.stream_id for decision in books.parked}
-    view = books.view(forced=False)
     if advice.keyed:
-        order = ByKey(state.still_lines(), advice.turns(view), out)
+        turns = advice.turns(books.view(forced=False)) if advice.by_turns else None
+        order = ByKey(state.still_lines(), turns, out)
         if state.hold or books.has_floors:
             ahead = sorted(_ahead(books, out), key=lambda entry: _rank_ahead(books, order, entry))
             order.ahead = [(entry.tenant, entry.id) for entry in ahead]
         return order
     known = {**state.queued, **state.parked} if state.parked else state.queued
-    ranked = advice.rank(view)
+    ranked = advice.rank(books.view(forced=False))
     line = [known[name] for name in ranked if name not in out] if out else list(map(known.__getitem__, ranked))
     if state.hold:
         line.sort(key=lambda entry: entry.state is StreamState.QUEUED)
@@ -141,7 +141,8 @@ def _room(books: Books, entry: Entry) -> tuple[Reason, str] | None:
     rules, state = books.rules, books.state
     if books.is_full:
         return Reason.NO_SLOT, f"{len(state.running)} streams run, as many as may"
-    if not books.fits(entry):
+    if entry.need in books.misfits or not books.fits(entry):
+        books.misfits.add(entry.need)
         return Reason.NO_MEMORY, (
             f"needs {entry.need_nbytes} bytes of the pool {_horizon(rules, entry)}; {books.nbytes} of {books.limit} "
             f"bytes are promised to {len(state.running)} running streams"
@@ -211,15 +212,19 @@ def _squeeze_for(books: Books, entry: Entry) -> bool:
 
 
 def _make_way(books: Books, advice: Advice, entry: Entry) -> bool:
-    """Park what the policy, or the floor of the entry's tenant, gives up for it; nothing unless it is enough."""
+    """Park what the policy, or the floor of the entry's tenant, gives up for it; nothing unless it is enough.
+
+    A policy may exchange some streams a step, not all at once: transfers are spread, and nothing thrashes.
+    """
     if books.rules.parking is None or not (entry.state is StreamState.PARKED or _is_safe(books, entry)):
         return False
-    running = books.state.running.values()
-    if not any(may_be_parked(books.rules, books.state, other, forced=False) for other in running):
+    claim = books.has_floors and _is_claim(books, entry)
+    if not claim and books.exchanges >= max(1, ceil(books.rules.config.exchange_share * len(books.state.running))):
         return False
     view = books.view(forced=False)
+    if not view.parkable:
+        return False
     wanted = [books.state.running[name] for name in advice.park(view, entry.view)]
-    claim = books.has_floors and _is_claim(books, entry)
     if claim:
         named = {other.id for other in wanted}
         rest = [other for other in reversed(books.state.by_arrival()) if other.id in view.parkable - named]
@@ -239,6 +244,7 @@ def _make_way(books: Books, advice: Advice, entry: Entry) -> bool:
     text = f"made room for {entry.id!r}" + (", whose tenant has a floor" if claim else "")
     for other in victims:
         books.park(other, Reason.PARKED, text)
+    books.exchanges += not claim
     return True
 
 

@@ -7,7 +7,7 @@ from qvg_paged.ladder import Relief
 from qvg_paged.scheduler.decision import Decision, Reason
 from qvg_paged.scheduler.line import Turns
 from qvg_paged.scheduler.request import StreamState
-from qvg_paged.scheduler.snapshot import system_view
+from qvg_paged.scheduler.snapshot import Moment
 from qvg_paged.scheduler.state import Entry, Rules, State, total
 from qvg_paged.scheduler.view import StreamView, SystemView
 from qvg_paged.timeline import Demand
@@ -24,10 +24,14 @@ class Advice(Protocol):
 
     @property
     def keyed(self) -> bool:
-        """Whether the key of the rules and `turns` are all that is to be known of the order."""
+        """Whether the key of the rules, and `turns`, are all that is to be known of the order."""
 
-    def turns(self, view: SystemView) -> Turns | None:
-        """Turns of the tenants in line, where it is; None if the key is everything."""
+    @property
+    def by_turns(self) -> bool:
+        """Whether `turns` decide; else the key is everything."""
+
+    def turns(self, view: SystemView) -> Turns:
+        """Turns of the tenants in line."""
 
     def rank(self, view: SystemView) -> Sequence[str]:
         """Ids of all waiting streams, best first."""
@@ -46,9 +50,15 @@ class Books:
         demoted, shrunk: decisions about streams that were squeezed in this step, by id.
         parked: decisions about streams that were parked in this step.
         news: waiting streams about which something else was decided than before.
+        misfits: what did not fit beside what is promised, and less so beside more.
+        exchanges: streams for which the policy had others parked in this step.
+
+    Args:
+        rules, state, now, seed: of the step.
+        lasting: whether a policy may look at a view later.
     """
 
-    def __init__(self, rules: Rules, state: State, now: float, seed: int) -> None:
+    def __init__(self, rules: Rules, state: State, now: float, seed: int, *, lasting: bool = True) -> None:
         self.rules, self.state, self.now, self.seed = rules, state, now, seed
         self.limit = rules.cache.pool_nbytes if state.limit is None else state.limit
         self.demand = total(state.running.values())
@@ -60,15 +70,18 @@ class Books:
         self.shrunk: dict[str, Decision] = {}
         self.parked: list[Decision] = []
         self.news: list[str] = []
-        self._view: SystemView | None = None
+        self.misfits: set[Demand] = set()
+        self.exchanges = 0
+        self._view: Moment | None = None
+        self._lasting = lasting
         self.has_floors = any(tenant.spec.floor_nbytes for tenant in state.tenants.values())
 
     def view(self, *, forced: bool) -> SystemView:
         """What the policy sees now."""
-        if forced:
-            return system_view(self.rules, self.state, self.now, self.seed, self.by_tenant, forced=True)
-        if self._view is None:
-            self._view = system_view(self.rules, self.state, self.now, self.seed, self.by_tenant, forced=False)
+        if self._view is None or self._view.forced is not forced:
+            self._view = Moment(
+                self.rules, self.state, self.now, self.seed, self.by_tenant, forced=forced, lasting=self._lasting
+            )
         return self._view
 
     @property
@@ -86,7 +99,8 @@ class Books:
 
         `running` is what is promised to running streams if not `demand`.
         """
-        demands = [(self.demand if running is None else running) - total(without)]
+        demand = self.demand if running is None else running
+        demands = [demand - total(without) if without else demand]
         room = self.limit
         if entry is not None:
             demands.append(entry.need)
@@ -107,6 +121,7 @@ class Books:
     def lower(self, entry: Entry, relief: Relief) -> None:
         """Store a running stream more cheaply: `entry` is what it is from now on."""
         self._view = None
+        self.misfits.clear()
         old = self.state.running[entry.id]
         self.demand = self.demand - old.need + entry.need
         self.nbytes += entry.need_nbytes - old.need_nbytes
@@ -119,7 +134,8 @@ class Books:
     def park(self, entry: Entry, reason: Reason, text: str) -> None:
         """Move a running stream to the line."""
         self._view = None
-        self.demand = total(other for other in self.state.running.values() if other is not entry)
+        self.misfits.clear()
+        self.demand -= entry.need
         self.nbytes -= entry.need_nbytes
         self.by_tenant[entry.tenant] -= entry.need_nbytes
         decision = Decision(entry.id, reason, text)

@@ -5,7 +5,7 @@ from typing import Any
 from qvg_paged.checks import check_name, shown
 from qvg_paged.errors import ArgumentError
 
-__all__ = ["MAX_COUNT", "check_integer", "check_kind", "check_name", "check_number", "one_line", "shown"]
+__all__ = ["MAX_COUNT", "check_fps", "check_integer", "check_kind", "check_name", "check_number", "one_line", "shown"]
 
 MAX_COUNT = 1 << 31
 MAX_TEXT = 500
@@ -29,6 +29,12 @@ def check_kind(name: str, value: Any, kind: type) -> None:
     """Raise `ArgumentError` unless `value` is a `kind`."""
     if not isinstance(value, kind):
         raise ArgumentError(f"{name}: expected a {kind.__name__}, got {shown(value)}")
+
+
+def check_fps(value: float | None) -> None:
+    """Raise `ArgumentError` unless `value` is a play-out rate or None."""
+    if value is not None:
+        check_number("deadline_fps", value, 1e-6, 1e6, "a positive number from 1e-6 to 1e6, or None")
 
 
 def one_line(text: str) -> str:

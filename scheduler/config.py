@@ -29,6 +29,8 @@ class SchedulerConfig:
         max_running: most streams that run together; None for as many as memory holds.
         max_parks: how often a stream may be parked without finishing a chunk in between.
         min_chunks: chunks a stream finishes, once it runs, before a policy may park it.
+        exchange_share: for how many streams, as a share of those that run, a policy may have others parked in one step; for
+            one in any case.
         headroom: share of the pool that admission leaves for the growth of those who run already.
         hold_steps: steps for which no new streams are admitted once someone had to be parked for want of memory, unless
             one leaves or all parked ones are back.
@@ -48,6 +50,7 @@ class SchedulerConfig:
     max_running: int | None = None
     max_parks: int = 3
     min_chunks: int = 1
+    exchange_share: float = 0.25
     headroom: float = 0.05
     hold_steps: int = 4
     squeeze_to_admit: bool = True
@@ -69,6 +72,7 @@ class SchedulerConfig:
             check_integer(name, getattr(self, name), bound)
         if not isinstance(self.no_preemption, bool):
             raise ArgumentError(f"no_preemption: expected True or False, got {shown(self.no_preemption)}")
+        check_number("exchange_share", self.exchange_share, 0, 1, "a share from 0 to 1")
         check_number("headroom", self.headroom, 0, math.nextafter(1, 0), "a share from 0 to below 1")
         check_kind("default_tenant", self.default_tenant, TenantSpec)
         for name in ("chunk_cost", "pool_second_cost", "longest_charge"):

@@ -55,7 +55,7 @@ def decide(
     _note_times(rules, state)
     _lift(state)
     _dismiss_leader(state)
-    books = Books(rules, state, now, rng.getrandbits(32))
+    books = Books(rules, state, now, rng.getrandbits(32), lasting=not advice.keyed)
     squeeze(books, advice)
     admitted, resumed, line = admit(books, advice)
     state.news = (*books.news, *(decision.stream_id for decision in books.parked))
@@ -143,7 +143,7 @@ def _advance(rules: Rules, state: State) -> tuple[Decision, ...]:
         frames = range(entry.committed, min(entry.committed + most, request.frames))
         if decision.frames != frames:
             text = f"frames {frames.start}-{frames.stop - 1} of {request.frames}"
-            decision = Decision(request.id, Reason.ADVANCE, text, frames)
+            decision = Decision.advance(request.id, text, frames)
             state.running[request.id] = entry.but(decision=decision)
         decisions.append(decision)
         charges.append((request.tenant, entry.need_nbytes, request.branches))

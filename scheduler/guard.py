@@ -200,12 +200,18 @@ class PolicyGuard:
 
     @property
     def keyed(self) -> bool:
-        """Whether the policy is one of this package, of which only `turns` is asked."""
+        """Whether the policy is one of this package, which is not asked for a rank."""
         return self._trusted is not None
 
-    def turns(self, view: SystemView) -> Turns | None:
-        """Turns of the tenants in line; None if the policy's key is everything."""
-        return None if self._trusted is None else self._trusted.turns(view)
+    @property
+    def by_turns(self) -> bool:
+        """Whether it is, and has turns."""
+        return self._trusted is not None and self._trusted.by_turns
+
+    def turns(self, view: SystemView) -> Turns:
+        """Turns of the tenants in line."""
+        assert self._trusted is not None
+        return self._trusted.turns(view)
 
     def rank(self, view: SystemView) -> Sequence[str]:
         """Ids of all waiting streams, best first."""

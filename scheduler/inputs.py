@@ -1,9 +1,9 @@
 """What may happen to a scheduler between two plans, and what each of these things does to its state."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from qvg_paged.config import Window
 from qvg_paged.errors import ArgumentError
 from qvg_paged.scheduler.checks import check_kind, check_name, one_line, shown
 from qvg_paged.scheduler.decision import Decision, Reason
@@ -114,14 +114,15 @@ def _submit(rules: Rules, state: State, request: StreamRequest) -> Decision:
         return state.end(entry, StreamState.FAILED, reason, f"refused: {text}", announced=quiet).decision
     state.tenants.setdefault(request.tenant, Tenant(rules.config.default_tenant))
     entry = entry.under(state.tenants[request.tenant])
-    state.enqueue(rules.need(entry, backed=rules.parking is not None))
+    state.enqueue(rules.need(entry, rules.parking is not None))
     return decision
 
 
 def _copied(request: StreamRequest) -> StreamRequest:
     """One that policies may see: a request they could reach into would reach into the books."""
-    shown = copy.copy(request)
-    object.__setattr__(shown, "window", copy.copy(request.window))
+    shown, window = object.__new__(StreamRequest), object.__new__(Window)
+    window.__dict__.update(request.window.__dict__)
+    shown.__dict__.update(request.__dict__, window=window)
     return shown
 
 
@@ -202,18 +203,17 @@ def _report(rules: Rules, state: State, plan: Plan, outcome: Outcome) -> None:
         entry = state.running.get(decision.stream_id)
         if entry is None:
             continue
-        frames = outcome.committed.get(entry.id, 0)
-        if frames:
-            entry = entry.but(
-                committed=entry.committed + frames, chunks=entry.chunks + 1, stalls=0, progressed=state.step
-            )
+        frames = outcome.committed.get(decision.stream_id, 0)
+        committed = entry.committed + frames
         if entry.id in outcome.failed:
-            _fail(state, entry, outcome.failed)
-        elif entry.committed == entry.request.frames:
-            text = f"all {entry.committed} frames are committed"
-            state.end(entry, StreamState.FINISHED, Reason.COMPLETED, text)
-        else:
-            state.running[entry.id] = rules.need(entry, entry.backed) if frames else entry
+            _fail(state, entry.but(committed=committed, chunks=entry.chunks + bool(frames)), outcome.failed)
+        elif committed == entry.request.frames:
+            text = f"all {committed} frames are committed"
+            state.end(entry.but(committed=committed, chunks=entry.chunks + 1), StreamState.FINISHED, Reason.COMPLETED, text)
+        elif frames:
+            state.running[entry.id] = rules.need(
+                entry, entry.backed, committed=committed, chunks=entry.chunks + 1, stalls=0, progressed=state.step
+            )
     for decision in plan.parked:
         entry = state.parked.get(decision.stream_id)
         if entry is not None and entry.id in outcome.failed:
@@ -228,11 +228,11 @@ def _fail(state: State, entry: Entry, failed: Mapping[str, str]) -> None:
 def _check_outcome(plan: Plan, outcome: Outcome) -> None:
     check_kind("outcome", outcome, Outcome)
     planned = {decision.stream_id: len(decision.frames or ()) for decision in plan.running}
-    may_fail = set(planned) | {decision.stream_id for decision in plan.parked}
-    for name, ids, known in (("committed", outcome.committed, set(planned)), ("failed", outcome.failed, may_fail)):
+    may_fail = {*planned, *(decision.stream_id for decision in plan.parked)} if outcome.failed else planned.keys()
+    for name, ids, known in (("committed", outcome.committed, planned.keys()), ("failed", outcome.failed, may_fail)):
         check_kind(f"outcome.{name}", ids, Mapping)
-        unknown = sorted(map(shown, set(ids) - known))
-        if unknown:
+        if not ids.keys() <= known:
+            unknown = sorted(map(shown, ids.keys() - known))
             raise ArgumentError(f"outcome.{name}: expected running streams of the plan, got [{', '.join(unknown)}]")
     for stream_id, frames in outcome.committed.items():
         if isinstance(frames, bool) or not isinstance(frames, int) or not 0 <= frames <= planned[stream_id]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from operator import attrgetter
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from qvg_paged.scheduler.checks import check_number
 from qvg_paged.scheduler.line import ByKey, Turns
@@ -43,29 +43,36 @@ class KeyedPolicy(Policy, Protocol):
     """A policy of this package: its order is that of a key which does not change while a stream waits.
 
     So a step looks at the head of the line only. `rank` answers the same, at the price of a look at everybody.
+
+    Attributes:
+        by_turns: whether tenants have turns; else the key is everything.
     """
+
+    by_turns: ClassVar[bool]
 
     def key(self, stream: Any) -> float:
         """Place of a stream (`StreamView`, or the scheduler's own entry) in its tenant's line, before arrival."""
         ...
 
-    def turns(self, view: SystemView) -> Turns | None:
-        """Turns of the tenants in line; None if the key is everything."""
+    def turns(self, view: SystemView) -> Turns:
+        """Turns of the tenants in line."""
         ...
 
 
 class _ByKey:
     """What policies whose key is everything have in common."""
 
+    by_turns: ClassVar[bool] = False
+
     def key(self, stream: Any) -> float:
         """See `KeyedPolicy.key`: none, so that arrival is everything."""
         del stream
         return 0.0
 
-    def turns(self, view: SystemView) -> Turns | None:
-        """See `KeyedPolicy.turns`."""
+    def turns(self, view: SystemView) -> Turns:
+        """See `KeyedPolicy.turns`: nobody has one."""
         del view
-        return None
+        return {}
 
     def rank(self, view: SystemView) -> Sequence[str]:
         """By key, then arrival."""
@@ -113,10 +120,6 @@ def _count(streams: Iterable[StreamView]) -> dict[str, int]:
     return found
 
 
-CALM = 4.0
-"""Quanta that count as one where a tenant is being caught up with."""
-
-
 @dataclass(frozen=True)
 class FairShare:
     """Every tenant gets service in proportion to its weight, whatever the number and size of its streams.
@@ -125,11 +128,13 @@ class FairShare:
     weight, is next; one that comes back from idling starts level with those in line.
 
     Args:
-        quantum: chunks (of the dearest kind) by which a tenant must be ahead before its streams make room for another.
-            Where streams can be parked, service of two tenants in line never drifts apart by more than twice this and
-            the number of streams that run together, in chunks of the dearest kind.
+        quantum: a stream makes room for another tenant's if its own tenant would be further ahead than one chunk (of
+            the dearest kind) and this part of one, once those that run have finished their next. Where streams can be
+            parked, service of two tenants in line never drifts apart by more than twice this and the number of streams
+            that run together, in chunks of the dearest kind.
     """
 
+    by_turns: ClassVar[bool] = True
     quantum: float = 0.5
 
     def __post_init__(self) -> None:
@@ -145,7 +150,9 @@ class FairShare:
         step = view.dearest_chunk or 1.0
         running = _count(view.running)
         turns = {}
-        for name, tenant in view.tenants.items():
+        tenants = view.tenants
+        for name in tenants:
+            tenant = tenants[name]
             width = step / tenant.weight
             turns[name] = tenant.virtual_time + width * running.get(name, 0), width
         return turns
@@ -157,22 +164,25 @@ class FairShare:
         return [stream for _, stream in ByKey(lines, self.turns(view)).walk()]
 
     def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
-        """Streams of tenants that are ahead, the furthest first and of its streams the latest.
+        """Streams of tenants that would be ahead after the next chunk, the furthest first and of its streams the latest.
 
-        A tenant with no more streams running, by weight, than the one that waits is being caught up with anyway: it
-        makes way only if it is much further ahead.
+        What runs counts as served: a tenant that has been behind and is catching up with many streams stops in time.
         """
-        tenants = view.tenants
-        due = dict.fromkeys(tenants, -inf)
+        tenants, step = view.tenants, view.dearest_chunk
+        running = _count(view.running)
+        ahead: dict[str, float] = {}
+        mine, width = -inf, 0.0
         if stream is not None:
             owner = tenants[stream.tenant]
-            running = _count(view.running)
-            mine, step = running.get(stream.tenant, 0) / owner.weight, self.quantum * view.dearest_chunk / owner.weight
-            for name, tenant in tenants.items():
-                more = running.get(name, 0) / tenant.weight > mine
-                due[name] = owner.virtual_time + (step if more else CALM * step)
-        found = [s for s in view.running if s.id in view.parkable and tenants[s.tenant].virtual_time > due[s.tenant]]
-        return [s.id for s in sorted(found, key=lambda s: (-tenants[s.tenant].virtual_time, -s.arrival))]
+            width = step / owner.weight
+            mine = owner.virtual_time + width * running.get(stream.tenant, 0)
+        for name, count in running.items():
+            tenant = tenants[name]
+            end = tenant.virtual_time + step / tenant.weight * count
+            if end - mine > (1 + self.quantum) * (width + step / tenant.weight) / 2:
+                ahead[name] = -end
+        found = [other for other in view.running if other.tenant in ahead and other.id in view.parkable]
+        return [other.id for other in sorted(found, key=lambda other: (ahead[other.tenant], -other.arrival))]
 
 
 @dataclass(frozen=True)

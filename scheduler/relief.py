@@ -67,5 +67,5 @@ def _after(books: Books, ladder: LadderBackend, entry: Entry, relief: Relief) ->
     squeeze = ladder.lowered(request.window, request.frames, floor, now, entry.committed, relief)
     if squeeze is None:
         return None
-    new = books.rules.need(entry.but(squeeze=squeeze), True)
+    new = books.rules.need(entry, True, squeeze=squeeze)
     return new if new.need_nbytes < entry.need_nbytes else None

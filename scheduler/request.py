@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from qvg_paged.config import QualityFloor, Window
-from qvg_paged.scheduler.checks import MAX_COUNT, check_integer, check_kind, check_name
-from qvg_paged.scheduler.tenant import check_fps
+from qvg_paged.scheduler.checks import MAX_COUNT, check_fps, check_integer, check_kind, check_name
 
 __all__ = ["StreamRequest", "StreamState"]
 

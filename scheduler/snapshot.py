@@ -1,19 +1,17 @@
 """Snapshots for policies, made from the state; what nobody looks at is not made, and of a stream only once."""
 
-from collections.abc import ItemsView, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import attrgetter
-from types import MappingProxyType
-from typing import Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from qvg_paged.scheduler.state import ARRIVAL, Entry, Rules, State
 from qvg_paged.scheduler.tenant import Tenant
 from qvg_paged.scheduler.view import StreamView, SystemView, TenantView
 
-__all__ = ["may_be_parked", "system_view"]
+__all__ = ["Moment", "may_be_parked"]
 
 VIEW = attrgetter("view")
-Value = TypeVar("Value")
 
 
 def may_be_parked(rules: Rules, state: State, entry: Entry, *, forced: bool) -> bool:
@@ -64,83 +62,105 @@ class _Views(Sequence[StreamView]):
         return repr(tuple(self))
 
 
-class _Late(Mapping[str, Value], Generic[Value]):
-    """A mapping that is made when somebody looks into it."""
-
-    _made: Mapping[str, Value] | None = None
-
-    def _make(self) -> Mapping[str, Value]:
-        raise NotImplementedError
-
-    def _all(self) -> Mapping[str, Value]:
-        if self._made is None:
-            self._made = MappingProxyType(self._make())
-        return self._made
-
-    def __getitem__(self, name: str) -> Value:
-        return self._all()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._all())
-
-    def __len__(self) -> int:
-        return len(self._all())
-
-    def items(self) -> ItemsView[str, Value]:
-        """As of every mapping, without a detour."""
-        return self._all().items()
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-
-class _Lines(_Late[tuple[str, ...]]):
-    """Ids of waiting streams by tenant."""
+class _Lines(Mapping[str, tuple[str, ...]]):
+    """Ids of waiting streams by tenant, found when somebody asks."""
 
     def __init__(self, waiting: _Views) -> None:
         self._waiting = waiting
 
-    def _make(self) -> dict[str, tuple[str, ...]]:
+    @cached_property
+    def _all(self) -> dict[str, tuple[str, ...]]:
         lines: dict[str, list[str]] = {}
         for stream in self._waiting:
             lines.setdefault(stream.tenant, []).append(stream.id)
         return {name: tuple(line) for name, line in lines.items()}
 
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        return self._all[name]
 
-class _Tenants(_Late[TenantView]):
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __repr__(self) -> str:
+        return repr(self._all)
+
+
+class _Tenants(Mapping[str, TenantView]):
     """Tenants; `held` is promised bytes of each."""
 
     def __init__(self, tenants: Mapping[str, Tenant], held: Mapping[str, int]) -> None:
         self._tenants, self._held = dict(tenants), dict(held)
 
-    def _make(self) -> dict[str, TenantView]:
-        return {
-            name: TenantView(
-                weight=tenant.spec.weight,
-                service=tenant.service,
-                virtual_time=tenant.virtual_time,
-                nbytes=self._held.get(name, 0),
-                floor_nbytes=tenant.spec.floor_nbytes,
-            )
-            for name, tenant in self._tenants.items()
-        }
+    def __getitem__(self, name: str) -> TenantView:
+        tenant, nbytes = self._tenants[name], self._held.get(name, 0)
+        return TenantView(tenant.weight, tenant.service, tenant.virtual_time, nbytes, tenant.spec.floor_nbytes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tenants)
+
+    def __len__(self) -> int:
+        return len(self._tenants)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
-def system_view(
-    rules: Rules, state: State, now: float, seed: int, held: Mapping[str, int], *, forced: bool
-) -> SystemView:
-    """What a policy sees; `held` is promised bytes by tenant."""
-    running = state.by_arrival()
-    pool = rules.cache.pool_nbytes
-    waiting = _Views(state)
-    return SystemView(
-        now=now,
-        seed=seed,
-        pool_nbytes=pool if state.limit is None else state.limit,
-        waiting=waiting,
-        running=tuple(map(VIEW, running)),
-        lines=_Lines(waiting),
-        parkable=frozenset(entry.id for entry in running if may_be_parked(rules, state, entry, forced=forced)),
-        tenants=_Tenants(state.tenants, held),
-        dearest_chunk=state.dearest_chunk,
-    )
+class Moment(SystemView):
+    """What a policy sees; every part is made when somebody looks at it.
+
+    Args:
+        rules, state, now, seed: of the step.
+        held: promised bytes by tenant.
+        forced: whether somebody must make room, so that also those are parkable who have just come in.
+        lasting: whether it stays as it is while the state changes. Policies of this package do without: they see the
+            tenants themselves, which have of a `TenantView` what those policies ask for.
+    """
+
+    if TYPE_CHECKING:
+        forced: bool
+
+    def __init__(
+        self,
+        rules: Rules,
+        state: State,
+        now: float,
+        seed: int,
+        held: Mapping[str, int],
+        *,
+        forced: bool,
+        lasting: bool,
+    ) -> None:
+        self.__dict__.update(
+            now=now,
+            seed=seed,
+            pool_nbytes=rules.cache.pool_nbytes if state.limit is None else state.limit,
+            dearest_chunk=state.dearest_chunk,
+            forced=forced,
+            lasting=lasting,
+            _rules=rules,
+            _state=state,
+            _held=held,
+        )
+        if lasting:
+            for name in _PARTS:
+                getattr(self, name)
+
+    def __getattr__(self, name: str) -> Any:
+        made = self.__dict__[name] = _PARTS[name](self) if name in _PARTS else super().__getattribute__(name)
+        return made
+
+
+_PARTS: dict[str, Callable[[Any], Any]] = {
+    "running": lambda view: tuple(map(VIEW, view._state.by_arrival())),
+    "waiting": lambda view: _Views(view._state),
+    "lines": lambda view: _Lines(view.waiting),
+    "parkable": lambda view: frozenset(
+        entry.id
+        for entry in view._state.running.values()
+        if may_be_parked(view._rules, view._state, entry, forced=view.forced)
+    ),
+    "tenants": lambda view: _Tenants(view._state.tenants, view._held) if view.lasting else view._state.tenants,
+}

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qvg_paged.config import QualityFloor
-from qvg_paged.scheduler.checks import MAX_COUNT, check_integer, check_kind, check_number
+from qvg_paged.scheduler.checks import MAX_COUNT, check_fps, check_integer, check_kind, check_number
 
 __all__ = ["Tenant", "TenantSpec"]
 
@@ -69,8 +69,7 @@ class Tenant:
         other.__dict__.update(changes)
         return other
 
-
-def check_fps(value: float | None) -> None:
-    """Raise `ArgumentError` unless `value` is a play-out rate or None."""
-    if value is not None:
-        check_number("deadline_fps", value, 1e-6, 1e6, "a positive number from 1e-6 to 1e6, or None")
+    @property
+    def weight(self) -> float:
+        """Its share of service, as in a `TenantView`."""
+        return self.spec.weight

@@ -95,12 +95,12 @@ def test_fair_share_takes_turns_by_virtual_time_and_makes_way_only_beyond_its_qu
     )  # fmt: skip
     assert policy.rank(moment) == ["a1", "a2", "b1", "c1"], "b and c run one each already"
     assert policy.park(moment, moment.waiting[0]) == ["further", "ahead"]
-    assert policy.park(moment, moment.waiting[2]) == [], "d runs no more than b does"
+    assert policy.park(moment, moment.waiting[2]) == ["further"], "after the next chunk d is at 5, c at 3.5, b at 1.5"
     assert policy.park(moment, None) == ["further", "ahead", "even"]
+    edge = view(*moment.waiting, *moment.running, a=0.0, b=0.5, c=2.5, d=3.5)
+    assert policy.park(edge, edge.waiting[2]) == [], "ahead by one chunk and the quantum, no more"
     more = view(*moment.waiting, *moment.running, running("second", 8, tenant="d"), a=0.0, b=0.5, c=2.5, d=2.6)
-    assert policy.park(more, more.waiting[2]) == ["second", "further"], "it does now"
-    far = view(*moment.waiting, *moment.running, a=0.0, b=0.5, c=2.5, d=8.6)
-    assert policy.park(far, far.waiting[2]) == ["further"], "or is four times as far ahead"
+    assert policy.park(more, more.waiting[2]) == ["second", "further"], "two that run count as two chunks"
 
 
 def test_the_earliest_deadline_is_that_of_the_viewer_who_runs_out_first() -> None:

@@ -44,9 +44,9 @@ class Row:
     text: str
 
 
-def _backlogged(weights: tuple[float, ...], streams: int, frames: Sequence[int] = (60,)) -> Scenario:
+def _backlogged(weights: tuple[float, ...], streams: int, seed: int, frames: Sequence[int] = (60,)) -> Scenario:
     """All tenants have streams in line from the first moment on."""
-    rng = Random(f"backlog {frames}")
+    rng = Random(f"backlog {frames} {seed}")
     tenants = [f"t{place % len(weights)}" for place in range(streams)]
     trace = tuple(Arrival(0.001 * rng.random(), tenant, rng.choice(frames)) for tenant in tenants)
     return Scenario(
@@ -89,17 +89,17 @@ def fairness(seeds: Sequence[int]) -> list[Row]:
     least, whole, gaps = 1.0, 1.0, []
     count = 0
     for seed in seeds:
-        windows, shares, gap, unit = _shares(_backlogged((1.0,) * 4, 240), seed)
+        windows, shares, gap, unit = _shares(_backlogged((1.0,) * 4, 240, seed), seed)
         least, whole, count = min(least, *windows), min(whole, jain(shares)), count + len(windows)
         gaps.append(gap / unit)
     mixed = 1.0
     for seed in seeds:
-        windows, _, gap, unit = _shares(_backlogged((1.0,) * 4, 200, frames=(12, 24, 36, 60)), seed)
+        windows, _, gap, unit = _shares(_backlogged((1.0,) * 4, 200, seed, frames=(12, 24, 36, 60)), seed)
         mixed = min(mixed, *windows)
         gaps.append(gap / unit)
     worst = 0.0
     for seed in seeds[:2]:
-        _, shares, gap, unit = _shares(_backlogged((1.0, 2.0, 3.0, 4.0), 1000), seed)
+        _, shares, gap, unit = _shares(_backlogged((1.0, 2.0, 3.0, 4.0), 1000, seed), seed)
         worst = max(worst, *(abs(share / mean(shares) - 1) for share in shares))
         gaps.append(gap / unit)
     text = f"4 tenants in line all the time, 8 slots, {len(seeds)} seeds, {count} windows"
@@ -163,7 +163,7 @@ def starvation(seeds: Sequence[int]) -> list[Row]:
     """The longest wait against what the service gap allows."""
     worst, drained = 0.0, True
     for seed in seeds:
-        scenario = _backlogged((1.0,) * 4, 120, frames=(24,))
+        scenario = _backlogged((1.0,) * 4, 120, seed, frames=(24,))
         scenario = replace(scenario, config=replace(scenario.config, pool_second_cost=0.0))
         run = simulate(scenario, seed)
         drained = drained and run.drained

@@ -11,6 +11,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from qvg_paged.scheduler import SchedulerConfig
@@ -137,7 +138,9 @@ def _functions(
 
 
 def _members(thing: type) -> dict[str, object]:
-    return {name: value.fget if isinstance(value, property) else value for name, value in vars(thing).items()}
+    """Members of a class, and of properties and class methods the function inside."""
+    inside = {property: "fget", cached_property: "func", classmethod: "__func__", staticmethod: "__func__"}
+    return {name: getattr(value, inside.get(type(value), ""), value) for name, value in vars(thing).items()}
 
 
 def find_mutant(mutant: Mutant, seeds: int = 40) -> str:
