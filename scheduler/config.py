@@ -29,8 +29,8 @@ class SchedulerConfig:
         max_running: most streams that run together; None for as many as memory holds.
         max_parks: how often a stream may be parked without finishing a chunk in between.
         min_chunks: chunks a stream finishes, once it runs, before a policy may park it.
-        exchange_share: for how many streams, as a share of those that run, a policy may have others parked in one step; for
-            one in any case.
+        exchange_share: for how many streams, as a share of those that run, a policy may have others parked in one step;
+            for one in any case.
         headroom: share of the pool that admission leaves for the growth of those who run already.
         hold_steps: steps for which no new streams are admitted once someone had to be parked for want of memory, unless
             one leaves or all parked ones are back.

@@ -16,7 +16,7 @@ from random import Random
 
 from qvg_paged.scheduler.admission import admit
 from qvg_paged.scheduler.books import Advice, Books
-from qvg_paged.scheduler.decision import Decision, Reason
+from qvg_paged.scheduler.decision import Decision
 from qvg_paged.scheduler.inputs import Input, apply
 from qvg_paged.scheduler.plan import Plan
 from qvg_paged.scheduler.pressure import squeeze

@@ -164,7 +164,7 @@ class FairShare:
         return [stream for _, stream in ByKey(lines, self.turns(view)).walk()]
 
     def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:
-        """Streams of tenants that would be ahead after the next chunk, the furthest first and of its streams the latest.
+        """Streams of tenants that will be ahead after the next chunk: the furthest tenant's first, the latest of each.
 
         What runs counts as served: a tenant that has been behind and is catching up with many streams stops in time.
         """

@@ -49,6 +49,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "qvg_paged.pool": ("test_pool.py", "test_store.py", "test_store_machine.py"),
 }
 """Modules, and the tests that are to notice."""
+QUICK = "not planted and not two_hundred and not documentation"
+"""Tests that take seconds, not minutes."""
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -148,7 +150,7 @@ def _notices(module: ModuleType, change: Change) -> str:
                 return f"simulation: {type(error).__name__}"
             if violations or not run.drained:
                 return f"checker: {violations[0].invariant if violations else 'not drained'}"
-        words = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "-k", "not planted and not two_hundred and not documentation"]
+        words = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "-k", QUICK]
         tests = [str(ROOT / "tests" / name) for name in TARGETS[change.module]]
         with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()):
             code = pytest.main([*words, *tests])
