@@ -62,12 +62,13 @@ MUTANTS = (
     Mutant("core", "virtual_time + cost / tenant.spec.weight", "virtual_time", "service is not charged"),
     Mutant("core", "range(entry.committed, min(", "range(entry.committed, max(", "more frames than asked for"),
     Mutant("core", "if not e.decision.reason.is_refusal", "if False", "ends are not announced"),
-    Mutant("inputs", "committed=entry.committed + frames", "committed=entry.committed", "progress is lost"),
+    Mutant("inputs", "entry.backed, committed=committed", "entry.backed, committed=entry.committed", "progress is lost"),
     Mutant("inputs", "chunks=entry.chunks + 1, stalls=0", "chunks=entry.chunks", "finished chunks are not counted"),
     Mutant("inputs", "if not entry.state.is_final:", "if entry.state is StreamState.QUEUED:",
            "running streams cannot be cancelled"),
     Mutant("inputs", "if not cache.can_host([entry.worst]):", "if False:", "accepts what can never fit"),
-    Mutant("inputs", "rules.need(entry, entry.backed) if frames else entry", "entry", "growth is not reserved"),
+    Mutant("inputs", "rules.need(\n                entry, entry.backed, committed=committed",
+           "entry.but(\n                committed=committed", "growth is not reserved"),
     Mutant("guard", "return self.faults >= self._strikes", "return False", "a bad policy is asked for ever"),
 )  # fmt: skip
 """Twenty-five bugs."""
