@@ -46,7 +46,7 @@ class SpanEncoder:
         with self._on_side_stream():
             span = SpanEncoding(
                 self._buffer, source, self._layouts[quantised[0].format], [page.id for page in dense],
-                [page.id for page in quantised], codebook.slot.id if codebook else None,
+                [page.id for page in quantised], codebook.id if codebook else None,
             )  # fmt: skip
             for layer in range(source.num_layers):
                 fault_point("encode.layer")

@@ -83,8 +83,8 @@ class Image:
         books: dict[int, Codebook] = {}
         for record in self.pages:
             if record.book != NO_BOOK:
-                books.setdefault(record.book, Codebook(slots[record.book])).pages += 1
+                books.setdefault(record.book, Codebook.at(slots[record.book])).pages += 1
         return {
-            record.frame: Page(slots[record.place], record.format, books.get(record.book), demotions=record.demotions)
+            record.frame: Page.at(slots[record.place], record.format, books.get(record.book), record.demotions)
             for record in self.pages
         }

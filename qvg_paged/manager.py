@@ -451,7 +451,7 @@ class KVCacheManager:
     def event(kind: EventKind, stream: Stream, frames: Iterable[int], pages: list[Page]) -> CacheEvent:
         """An event about pages of a stream."""
         books = {page.codebook for page in pages if page.codebook}
-        nbytes = sum(page.slot.nbytes for page in pages) + sum(book.slot.nbytes for book in books)
+        nbytes = sum(page.nbytes for page in pages) + sum(book.nbytes for book in books)
         return CacheEvent(kind, stream.tenant, stream.id, tuple(frames), tuple(page.id for page in pages), nbytes)
 
     def send(self, events: list[CacheEvent]) -> None:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from qvg_paged.budget import object_counts
 from qvg_paged.errors import IntegrityError
@@ -10,6 +10,7 @@ from qvg_paged.fence import Fence
 from qvg_paged.kernels.block_table import NO_CODEBOOK
 from qvg_paged.kernels.layout import PageLayout
 from qvg_paged.pool import SlabPool, Slot
+from qvg_paged.slabs import PLACE
 from qvg_paged.timeline import Demand
 
 __all__ = ["DENSE_FORMAT", "QUANTISED_FORMAT", "Codebook", "Page", "PageStore"]
@@ -18,42 +19,76 @@ DENSE_FORMAT = 0
 QUANTISED_FORMAT = 1
 
 
-@dataclass(eq=False, slots=True)
-class Codebook:
+class Stored:
+    """An object in the pool: where it lies, and whose it is. `id` is its name in block tables."""
+
+    __slots__ = ("handle", "id", "nbytes", "tenant")
+
+    def __init__(self, handle: int, nbytes: int, tenant: str) -> None:
+        self.handle = handle
+        self.id = handle >> PLACE
+        self.nbytes = nbytes
+        self.tenant = tenant
+
+    @property
+    def slot(self) -> Slot:
+        """Its memory. Set when the object has moved."""
+        return Slot(self.id, self.nbytes, self.tenant, self.handle)
+
+    @slot.setter
+    def slot(self, slot: Slot) -> None:
+        self.id, self.nbytes, self.tenant, self.handle = slot
+
+
+class Codebook(Stored):
     """Centroids and balancing vectors of a span, all layers; lives as long as a page of the span does."""
 
-    slot: Slot
-    pages: int = 0
+    __slots__ = ("pages",)
+
+    def __init__(self, handle: int, nbytes: int, tenant: str, pages: int = 0) -> None:
+        super().__init__(handle, nbytes, tenant)
+        self.pages = pages
+
+    @classmethod
+    def at(cls, slot: Slot, pages: int = 0) -> "Codebook":
+        """A codebook in that memory."""
+        return cls(slot.generation, slot.nbytes, slot.tenant, pages)
 
 
-@dataclass(eq=False, slots=True)
-class Page:
+class Page(Stored):
     """One frame in one format. `owners` counts streams and open chunks that hold it, `demotions` how often the frame
     was stored more cheaply than its window says."""
 
-    slot: Slot
-    format: int
-    codebook: Codebook | None = None
-    owners: int = 1
-    demotions: int = 0
+    __slots__ = ("codebook", "demotions", "format", "owners")
 
-    @property
-    def id(self) -> int:
-        """Id in block tables."""
-        return self.slot.id
+    def __init__(
+        self, handle: int, nbytes: int, tenant: str, fmt: int, codebook: Codebook | None = None, demotions: int = 0
+    ) -> None:
+        self.handle = handle
+        self.id = handle >> PLACE
+        self.nbytes = nbytes
+        self.tenant = tenant
+        self.format = fmt
+        self.codebook = codebook
+        self.owners = 1
+        self.demotions = demotions
+
+    @classmethod
+    def at(cls, slot: Slot, fmt: int, codebook: Codebook | None = None, demotions: int = 0) -> "Page":
+        """A page in that memory."""
+        return cls(slot.generation, slot.nbytes, slot.tenant, fmt, codebook, demotions)
 
     @property
     def codebook_id(self) -> int:
         """Id of the codebook in block tables, -1 without."""
-        return self.codebook.slot.id if self.codebook else NO_CODEBOOK
+        return self.codebook.id if self.codebook else NO_CODEBOOK
 
 
-@dataclass(frozen=True)
-class Reservation:
+class Reservation(NamedTuple):
     """What an open chunk may need until it is committed: scratch pages, and pages and codebooks of closing spans."""
 
     scratch: list[Page]
-    spans: list[list[Page]] = field(default_factory=list)
+    spans: Sequence[list[Page]] = ()
 
     @property
     def pages(self) -> list[Page]:
@@ -80,18 +115,19 @@ class PageStore:
         Raises:
             OutOfMemoryError: it does not fit; nothing stays allocated.
         """
-        taken: list[Page] = []
+        taken = self._pages(DENSE_FORMAT, scratch, tenant, None)
+        if not spans:
+            return Reservation(taken)
+        groups = []
         try:
-            taken += self._pages(DENSE_FORMAT, scratch, tenant, None)
-            groups = []
             for _ in range(spans):
                 size = self.layouts[fmt].codebook_nbytes
-                codebook = Codebook(self.pool.allocate(size, 1, tenant)[0]) if size else None
+                codebook = Codebook(self.pool.take(size, 1, tenant)[0], size, tenant) if size else None
                 try:
                     group = self._pages(fmt, span_frames, tenant, codebook)
                 except BaseException:
                     if codebook:
-                        self.pool.free(codebook.slot, Fence())
+                        self.pool.give_back([codebook.handle], tenant, Fence())
                     raise
                 groups.append(group)
                 taken += group
@@ -101,10 +137,11 @@ class PageStore:
         return Reservation(taken[:scratch], groups)
 
     def _pages(self, fmt: int, count: int, tenant: str, codebook: Codebook | None) -> list[Page]:
-        slots = self.pool.allocate(self.layouts[fmt].page_nbytes, count, tenant)
+        nbytes = self.layouts[fmt].page_nbytes
+        handles = self.pool.take(nbytes, count, tenant)
         if codebook:
             codebook.pages = count
-        return [Page(slot, fmt, codebook) for slot in slots]
+        return [Page(handle, nbytes, tenant, fmt, codebook) for handle in handles]
 
     def successors(self, pages: list[Page], fmt: int, tenant: str) -> list[Page]:
         """A page in `fmt` for each of `pages`, under the same codebook.
@@ -112,13 +149,14 @@ class PageStore:
         Raises:
             OutOfMemoryError: they do not fit; nothing stays allocated.
         """
-        slots = self.pool.allocate(self.layouts[fmt].page_nbytes, len(pages), tenant)
+        nbytes = self.layouts[fmt].page_nbytes
+        handles = self.pool.take(nbytes, len(pages), tenant)
         for page in pages:
             if page.codebook:
                 page.codebook.pages += 1
         return [
-            Page(slot, fmt, page.codebook, demotions=page.demotions + 1)
-            for slot, page in zip(slots, pages, strict=True)
+            Page(handle, nbytes, tenant, fmt, page.codebook, page.demotions + 1)
+            for handle, page in zip(handles, pages, strict=True)
         ]
 
     def slots(self, sizes: Sequence[int], tenant: str) -> list[Slot]:
@@ -144,23 +182,31 @@ class PageStore:
         for page in pages:
             page.owners += 1
 
-    def release(self, pages: list[Page], fence: Fence) -> int:
-        """Take an owner from each page; bytes returned to the pool, reusable once `fence` has passed."""
-        returned = 0
+    def release(self, pages: Sequence[Page], fence: Fence) -> int:
+        """Take an owner from each page, all of one tenant; bytes returned to the pool, reusable once `fence` has passed.
+
+        Raises:
+            StaleHandleError: one was returned before; nothing changed.
+        """
+        if not pages:
+            return 0
+        tenant = pages[0].tenant
+        self.pool.check_handles([page.handle for page in pages], tenant)
+        returned, nbytes = [], 0
         for page in pages:
-            self.pool.check(page.slot)
             page.owners -= 1
             if page.owners:
                 continue
-            self.pool.free(page.slot, fence)
-            returned += page.slot.nbytes
+            returned.append(page.handle)
+            nbytes += page.nbytes
             codebook = page.codebook
             if codebook:
                 codebook.pages -= 1
                 if not codebook.pages:
-                    self.pool.free(codebook.slot, fence)
-                    returned += codebook.slot.nbytes
-        return returned
+                    returned.append(codebook.handle)
+                    nbytes += codebook.nbytes
+        self.pool.give_back(returned, tenant, fence)
+        return nbytes
 
     def check_integrity(self, held: list[Page]) -> None:
         """Raise `IntegrityError` unless `held`, a page per owner, explains every owner, codebook and byte."""

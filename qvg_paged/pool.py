@@ -5,113 +5,26 @@ names it. New objects fill the lowest slab of their size that has room, and a si
 has no free slot left. Therefore a size that never holds more than n objects never holds more than
 ``ceil(n / slots per slab)`` slabs, whatever the order of frees: admission by worst case cannot be broken by
 fragmentation.
+
+Objects are integers here (handles, see `slabs`), taken and given back as slices of lists: what a page costs is a few
+operations of the interpreter's own, not an object with a place in a table.
 """
 
-import bisect
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import repeat
-from typing import NamedTuple
+from bisect import insort
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from qvg_paged.config import FreeFill
-from qvg_paged.errors import ConfigError, IntegrityError, OutOfMemoryError, StaleHandleError
+from qvg_paged.errors import IntegrityError, OutOfMemoryError, StaleHandleError
 from qvg_paged.events import fault_point
 from qvg_paged.fence import Fence
-from qvg_paged.kernels.layout import GRANULE, align
+from qvg_paged.kernels.layout import GRANULE
+from qvg_paged.slabs import PLACE, SizeClass, SlabGeometry, Slot, by_slab, byte_runs, place_runs
 
 __all__ = ["SlabGeometry", "SlabPool", "Slot", "byte_runs"]
-
-
-class Slot(NamedTuple):
-    """Memory of one object. A reused address is another slot: its generation differs.
-
-    Attributes:
-        id: offset in the pool in units of `GRANULE` bytes.
-        nbytes: size.
-        tenant: who may read it.
-        generation: serial number of the allocation.
-    """
-
-    id: int
-    nbytes: int
-    tenant: str
-    generation: int
-
-
-_new_slot: Callable[[type[Slot], Iterable[object]], Slot] = tuple.__new__
-"""`Slot._make` without its checks: a page is a fraction of a microsecond."""
-
-
-@dataclass(frozen=True)
-class SlabGeometry:
-    """How a pool of a given size is cut.
-
-    Attributes:
-        slab_nbytes: bytes of a slab, a multiple of `GRANULE`.
-        num_slabs: slabs in the pool.
-    """
-
-    slab_nbytes: int
-    num_slabs: int
-
-    @classmethod
-    def choose(cls, sizes: Iterable[int], pool_nbytes: int) -> "SlabGeometry":
-        """The slab size that wastes least: rounding inside slabs, partly filled slabs, and the pool's remainder.
-
-        Four partly filled slabs per size is what streams leave that come and go without admission; tests/test_pool.py
-        measures it.
-
-        Raises:
-            ConfigError: the pool cannot hold one slab for each size.
-        """
-        sizes = sorted(set(sizes))
-        candidates = {align(size * count, GRANULE) for size in sizes for count in range(1, 65)}
-        usable = [c for c in candidates if c >= sizes[-1] and c * len(sizes) <= pool_nbytes]
-        if not usable:
-            raise ConfigError(
-                f"memory: expected a pool of at least {sizes[-1] * len(sizes)} bytes (a slab for each of the object "
-                f"sizes {sizes}), got {max(pool_nbytes, 0)} after staging and workspace; give the manager more"
-            )
-
-        def waste(slab: int) -> float:
-            rounding = sum(1 - (slab // size) * size / slab for size in sizes) / len(sizes)
-            return rounding + 4 * len(sizes) * slab / pool_nbytes + (pool_nbytes % slab) / pool_nbytes
-
-        slab = min(usable, key=lambda nbytes: (waste(nbytes), nbytes))
-        return cls(slab, pool_nbytes // slab)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pool."""
-        return self.slab_nbytes * self.num_slabs
-
-    def slabs_for(self, counts: Mapping[int, int]) -> int:
-        """Slabs that `counts` objects (by size) need at most, whatever the order of frees."""
-        return sum(-(-count // (self.slab_nbytes // size)) for size, count in counts.items() if count)
-
-
-def byte_runs(slots: Iterable[Slot]) -> list[tuple[int, int]]:
-    """First byte and end of each stretch of memory that `slots` fill: one operation for neighbours."""
-    runs: list[tuple[int, int]] = []
-    for slot in sorted(slots, key=lambda slot: slot.id):
-        start = slot.id * GRANULE
-        first = runs.pop()[0] if runs and runs[-1][1] == start else start
-        runs.append((first, start + slot.nbytes))
-    return runs
-
-
-class _SizeClass:
-    """Slabs cut for one object size."""
-
-    def __init__(self, nbytes: int, slots: int) -> None:
-        self.nbytes = nbytes
-        self.slots = slots
-        self.free: dict[int, list[int]] = {}
-        self.with_room: list[int] = []
-        self.free_slots = 0
 
 
 class SlabPool:
@@ -129,17 +42,26 @@ class SlabPool:
         self.geometry = geometry
         self.slab_nbytes = geometry.slab_nbytes
         self.num_slabs = geometry.num_slabs
+        self._slab_units = self.slab_nbytes // GRANULE
+        self._device = torch.device(device)
         self.buffer = torch.empty(geometry.nbytes, dtype=torch.uint8, device=device)
         self._fill = 0xFF if fill is FreeFill.POISON else 0
         self.buffer.fill_(self._fill)
-        self._filled = Fence.record(device)
+        self._filled = Fence.record(self._device)
+        self._look()
         self._free_slabs = list(range(self.num_slabs))
-        self._classes = {size: _SizeClass(size, self.slab_nbytes // size) for size in sorted(set(sizes))}
-        self._live: dict[int, Slot] = {}
-        self._pending: list[tuple[Fence, Slot]] = []
-        self._serial = 0
+        self._uncut: dict[int, tuple[SizeClass, list[int]]] = {}
+        self._classes = {size: SizeClass(size, self.slab_nbytes // size) for size in sorted(set(sizes))}
+        self._cut: dict[int, SizeClass] = {}
+        self._live: dict[str, set[int]] = {}
+        self._pending: list[tuple[Fence, Sequence[int]]] = []
         self.used_nbytes = 0
         self.peak_nbytes = 0
+
+    def _look(self) -> None:
+        """The buffer as others need it, again whenever its memory is another."""
+        self._views: dict[torch.dtype, torch.Tensor] = {}
+        self._bytes: Any = self.buffer.numpy() if self._device.type == "cpu" else self.buffer
 
     def _missing_slabs(self, counts: Mapping[int, int]) -> int:
         needed = 0
@@ -184,55 +106,64 @@ class SlabPool:
         Raises:
             OutOfMemoryError: they do not fit; nothing changed.
         """
+        return [Slot(handle >> PLACE, nbytes, tenant, handle) for handle in self.take(nbytes, count, tenant)]
+
+    def take(self, nbytes: int, count: int, tenant: str) -> list[int]:
+        """`allocate`, but handles only."""
         fault_point("pool.allocate")
         kind = self._classes[nbytes]
         if self._pending or kind.free_slots < count:
             self.require({nbytes: count})
         else:
             self._filled.order_after()
-        ids = self._take(kind, count)
-        serials = range(self._serial + 1, self._serial + count + 1)
-        fields = zip(ids, repeat(nbytes), repeat(tenant), serials, strict=False)
-        slots = list(map(_new_slot, repeat(Slot), fields))
-        self._serial += count
-        self._live.update(zip(ids, slots, strict=True))
+        handles = self._lowest(kind, count)
+        self._live.setdefault(tenant, set()).update(handles)
         self.used_nbytes += count * nbytes
         self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)
-        return slots
+        return handles
 
-    def _take(self, kind: _SizeClass, count: int) -> list[int]:
-        """Ids of the lowest free slots of a size, a slab at a time."""
-        ids: list[int] = []
-        unit, slab_units = kind.nbytes // GRANULE, self.slab_nbytes // GRANULE
-        while len(ids) < count:
+    def _lowest(self, kind: SizeClass, count: int) -> list[int]:
+        """Handles from the lowest slabs of a size that have room, a slab at a time."""
+        handles: list[int] = []
+        while (missing := count - len(handles)) > 0:
             if not kind.with_room:
-                slab = heapq.heappop(self._free_slabs)
-                if kind.slots <= count - len(ids):  # all of it: no list of what is left
-                    kind.free[slab] = []
-                    ids += range(slab * slab_units, slab * slab_units + kind.slots * unit, unit)
-                    continue
-                kind.free[slab] = list(range(kind.slots - 1, -1, -1))
-                kind.with_room.append(slab)
-                kind.free_slots += kind.slots
-            slab = kind.with_room[0]
-            room = kind.free[slab]
-            taken = room[len(ids) - count :]
-            del room[len(ids) - count :]
+                self._cut_slab(kind)
+            room = kind.free[kind.with_room[0]]
+            taken = room[-missing:]
+            del room[-missing:]
             if not room:
                 kind.with_room.pop(0)
-            kind.free_slots -= len(taken)
-            first = slab * slab_units
-            ids += [first + index * unit for index in reversed(taken)]
-        return ids
+            taken.reverse()
+            handles += taken
+        kind.free_slots -= count
+        return handles
+
+    def _cut_slab(self, kind: SizeClass) -> None:
+        slab = heapq.heappop(self._free_slabs)
+        kind.free[slab] = kind.cut(slab, self._slab_units, self._uncut.pop(slab, None))
+        kind.with_room.append(slab)
+        kind.free_slots += kind.slots
+        self._cut[slab] = kind
 
     def live(self) -> dict[int, Slot]:
         """Slots in use, by id."""
-        return dict(self._live)
+        slots = (self._slot(handle, tenant) for tenant, handles in self._live.items() for handle in handles)
+        return {slot.id: slot for slot in slots}
+
+    def _slot(self, handle: int, tenant: str) -> Slot:
+        place = handle >> PLACE
+        return Slot(place, self._cut[place // self._slab_units].nbytes, tenant, handle)
 
     def check(self, slot: Slot) -> None:
         """Raise `StaleHandleError` unless `slot` is live."""
-        if self._live.get(slot.id) is not slot:
-            raise StaleHandleError(f"slot: id {slot.id}, generation {slot.generation} was returned to the pool")
+        self.check_handles([slot.generation], slot.tenant)
+
+    def check_handles(self, handles: Sequence[int], tenant: str) -> None:
+        """Raise `StaleHandleError` unless all are live and the tenant's."""
+        live = self._live.get(tenant, frozenset())
+        if not live.issuperset(handles):
+            stale = next(handle for handle in handles if handle not in live)
+            raise StaleHandleError(f"slot: id {stale >> PLACE}, generation {stale} was returned to the pool")
 
     def free(self, slot: Slot, fence: Fence) -> None:
         """Return `slot`; it is overwritten and reused once `fence` has passed.
@@ -240,62 +171,66 @@ class SlabPool:
         Raises:
             StaleHandleError: it was returned before.
         """
-        self.free_all([slot], fence)
+        self.give_back([slot.generation], slot.tenant, fence)
 
-    def free_all(self, slots: Sequence[Slot], fence: Fence) -> None:
-        """Return several slots at once, each given once: all or none.
+    def give_back(self, handles: Sequence[int], tenant: str, fence: Fence) -> None:
+        """`free` for a sequence of a tenant's handles, each given once, which is the pool's from now on: all or none.
 
         Raises:
             StaleHandleError: one was returned before; nothing changed.
         """
-        live = self._live
-        for slot in slots:
-            if live.get(slot.id) is not slot:
-                self.check(slot)
-        for slot in slots:
-            del live[slot.id]
-        self._pending += zip(repeat(fence), slots)
+        self.check_handles(handles, tenant)
+        if handles:
+            live = self._live[tenant]
+            live.difference_update(handles)
+            if not live:
+                del self._live[tenant]
+        self._pending.append((fence, handles))
 
     def reclaim(self, *, wait: bool) -> None:
         """Take back returned slots whose fence has passed; with `wait`, order later work behind the others."""
         if not self._pending:
             return
-        ready, waiting = [], []
-        for fence, slot in self._pending:
-            if fence.passed():
-                ready.append(slot)
-            elif wait:
+        ready: list[int] = []
+        waiting = []
+        for fence, handles in self._pending:
+            if not fence.passed():
+                if not wait:
+                    waiting.append((fence, handles))
+                    continue
                 fence.order_after()
-                ready.append(slot)
-            else:
-                waiting.append((fence, slot))
+            ready += handles
         self._pending = waiting
         if not ready:
             return
         # Whoever reclaims may be on another stream than whoever filled last or writes next: `require` waits for this.
         self._filled.order_after()
-        for start, stop in byte_runs(ready):
-            self.buffer[start:stop].fill_(self._fill)
-        self._put_back(ready)
-        self._filled = Fence.record(self.buffer.device)
+        ready.sort()
+        groups = [(slab, self._cut[slab], group) for slab, group in by_slab(ready, self._slab_units)]
+        self._overwrite([run for _, kind, group in groups for run in place_runs(group, kind.units)])
+        for slab, kind, group in groups:
+            self._put_back(slab, kind, group)
+        self._filled = Fence.record(self._device)
 
-    def _put_back(self, slots: list[Slot]) -> None:
-        slab_units, found = self.slab_nbytes // GRANULE, dict[int, list[Slot]]()
-        for slot in slots:
-            found.setdefault(slot.id // slab_units, []).append(slot)
-        for slab, returned in found.items():
-            kind = self._classes[returned[0].nbytes]
-            room, first, unit = kind.free[slab], slab * slab_units, kind.nbytes // GRANULE
-            if not room:
-                bisect.insort(kind.with_room, slab)
-            room += [(slot.id - first) // unit for slot in returned]
-            kind.free_slots += len(returned)
-            self.used_nbytes -= len(returned) * kind.nbytes
-            if len(room) == kind.slots:
-                del kind.free[slab]
-                kind.with_room.remove(slab)
-                kind.free_slots -= kind.slots
-                heapq.heappush(self._free_slabs, slab)
+    def _overwrite(self, runs: Iterable[tuple[int, int]]) -> None:
+        for start, stop in runs:
+            self._bytes[start:stop] = self._fill
+
+    def _put_back(self, slab: int, kind: SizeClass, handles: list[int]) -> None:
+        room = kind.free[slab]
+        if not room:
+            insort(kind.with_room, slab)
+        room += [handle + 1 for handle in reversed(handles)]
+        kind.free_slots += len(handles)
+        self.used_nbytes -= len(handles) * kind.nbytes
+        if len(room) == kind.slots:
+            if len(handles) < kind.slots:
+                room.sort(reverse=True)
+            del self._cut[slab], kind.free[slab]
+            kind.with_room.remove(slab)
+            kind.free_slots -= kind.slots
+            self._uncut[slab] = (kind, room)
+            heapq.heappush(self._free_slabs, slab)
 
     def resize(self, num_slabs: int) -> None:
         """Cut the pool, whose slabs from there on are free, or make it longer. The buffer stays the same tensor.
@@ -303,14 +238,15 @@ class SlabPool:
         Nothing may be in flight: its memory is another afterwards.
         """
         before, nbytes = self.num_slabs, num_slabs * self.slab_nbytes
-        other = torch.empty(nbytes, dtype=torch.uint8, device=self.buffer.device)
+        other = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         kept = min(nbytes, self.buffer.numel())
         other[:kept] = self.buffer[:kept]
         other[kept:] = self._fill
         self.buffer.set_(other.untyped_storage(), 0, other.shape, other.stride())
+        self._look()
         self._free_slabs = [slab for slab in self._free_slabs if slab < num_slabs] + list(range(before, num_slabs))
         heapq.heapify(self._free_slabs)
-        self._filled = Fence.record(self.buffer.device)
+        self._filled = Fence.record(self._device)
         self.geometry = SlabGeometry(self.slab_nbytes, num_slabs)
         self.num_slabs = num_slabs
 
@@ -319,37 +255,44 @@ class SlabPool:
         start = slot.id * GRANULE
         return self.buffer[start : start + slot.nbytes]
 
+    def viewed(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole pool in another dtype."""
+        if dtype not in self._views:
+            self._views[dtype] = self.buffer.view(dtype)
+        return self._views[dtype]
+
+    def slab_of(self, slot: Slot) -> int:
+        """Index of the slab that holds it."""
+        return slot.id // self._slab_units
+
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless every byte is accounted for exactly once."""
-        owner: dict[int, int] = dict.fromkeys(self._free_slabs, 0)
-        if len(owner) != len(self._free_slabs):
+        if len(set(self._free_slabs)) != len(self._free_slabs):
             raise IntegrityError("pool: a slab is twice in the free list")
-        objects = list(self._live.values()) + [slot for _, slot in self._pending]
-        taken_of: dict[int, list[Slot]] = {}
-        for slot in objects:
-            taken_of.setdefault(self.slab_of(slot), []).append(slot)
+        taken_of: dict[int, list[int]] = {}
+        live = [handle for handles in self._live.values() for handle in handles]
+        for handle in [*live, *(handle for _, handles in self._pending for handle in handles)]:
+            taken_of.setdefault((handle >> PLACE) // self._slab_units, []).append(handle >> PLACE)
+        owner = set(self._free_slabs)
+        used = 0
         for kind in self._classes.values():
             if kind.with_room != sorted(slab for slab, room in kind.free.items() if room):
                 raise IntegrityError(f"pool: slabs with room of size {kind.nbytes} are listed wrongly")
             if kind.free_slots != sum(len(room) for room in kind.free.values()):
                 raise IntegrityError(f"pool: free slot count of size {kind.nbytes} is {kind.free_slots}")
             for slab, room in kind.free.items():
-                if slab in owner:
+                if slab in owner or self._cut.get(slab) is not kind:
                     raise IntegrityError(f"pool: slab {slab} has two owners")
-                owner[slab] = kind.nbytes
-                slots = taken_of.pop(slab, [])
-                taken = {slot.id * GRANULE % self.slab_nbytes // kind.nbytes for slot in slots}
-                if any(slot.nbytes != kind.nbytes for slot in slots) or len(taken) != len(slots):
-                    raise IntegrityError(f"pool: slab {slab} holds objects of another size or twice the same slot")
-                if taken & set(room) or len(taken) + len(room) != kind.slots or len(set(room)) != len(room):
+                owner.add(slab)
+                taken = taken_of.pop(slab, [])
+                places = sorted([*taken, *(handle >> PLACE for handle in room)])
+                first = slab * self._slab_units
+                if places != list(range(first, first + kind.slots * kind.units, kind.units)):
                     raise IntegrityError(f"pool: slots of slab {slab} do not add up")
+                used += len(taken) * kind.nbytes
         if taken_of:
             raise IntegrityError(f"pool: objects lie in slabs {sorted(taken_of)}, which no size holds")
         if sorted(owner) != list(range(self.num_slabs)):
             raise IntegrityError(f"pool: {self.num_slabs - len(owner)} slabs are lost")
-        if self.used_nbytes != sum(slot.nbytes for slot in objects):
+        if self.used_nbytes != used:
             raise IntegrityError(f"pool: used_nbytes is {self.used_nbytes}, objects hold otherwise")
-
-    def slab_of(self, slot: Slot) -> int:
-        """Index of the slab that holds it."""
-        return slot.id * GRANULE // self.slab_nbytes

@@ -102,8 +102,8 @@ def stream_stats(tenant: str, committed: int, pages: Iterable[Page], dense_page_
         committed=committed,
         stored_frames=len(stored),
         quantised_frames=sum(1 for page in stored if page.format),
-        page_nbytes=sum(page.slot.nbytes for page in stored),
-        codebook_nbytes=sum(book.slot.nbytes for book in books),
+        page_nbytes=sum(page.nbytes for page in stored),
+        codebook_nbytes=sum(book.nbytes for book in books),
         dense_nbytes=len(stored) * dense_page_nbytes,
     )
 
@@ -120,9 +120,9 @@ def object_stats(budget: Budget, layouts: Iterable[PageLayout], pages: Iterable[
     stats = {}
     largest = 0
     for index, layout in enumerate(layouts):
-        stats[layout.format.name] = kind(layout.page_nbytes, [p.slot.nbytes for p in unique if p.format == index])
+        stats[layout.format.name] = kind(layout.page_nbytes, [p.nbytes for p in unique if p.format == index])
         largest = max(largest, layout.codebook_nbytes)
-    return {**stats, CODEBOOKS: kind(largest, [book.slot.nbytes for book in books])}
+    return {**stats, CODEBOOKS: kind(largest, [book.nbytes for book in books])}
 
 
 def cache_stats(

@@ -118,7 +118,7 @@ class Stream:
         pages = list(self.pages.values()) + (self.chunk.reservation.pages if self.chunk else [])
         if self.parked is not None and self.parked.incoming is not None:
             pages += self.parked.incoming.pages.values()
-        foreign = [page.id for page in pages if page.slot.tenant != self.tenant]
+        foreign = [page.id for page in pages if page.tenant != self.tenant]
         if foreign:
             raise IntegrityError(f"stream {self.id!r} of {self.tenant!r}: pages {foreign} are not its own")
         return pages

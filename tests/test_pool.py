@@ -13,6 +13,7 @@ from qvg_paged import ConfigError, FreeFill, IntegrityError, OutOfMemoryError, S
 from qvg_paged.fence import Fence
 from qvg_paged.kernels.layout import GRANULE
 from qvg_paged.pool import SlabGeometry, SlabPool, Slot, byte_runs
+from qvg_paged.slabs import PLACE
 from qvg_paged.timeline import Demand, Timeline
 
 CPU = torch.device("cpu")
@@ -56,9 +57,10 @@ def test_several_slots_go_back_at_once_or_not_at_all(count: int) -> None:
     pool.free(gone, DONE)
     live = pool.live()
     with pytest.raises(StaleHandleError, match=f"generation {gone.generation}"):
-        pool.free_all([*slots, gone], DONE)
+        pool.give_back([slot.generation for slot in [*slots, gone]], "t", DONE)
     assert pool.live() == live
-    pool.free_all(slots, DONE)
+    pool.give_back([slot.generation for slot in slots], "t", DONE)
+    pool.give_back([], "u", DONE)
     assert pool.live() == {}
     pool.reclaim(wait=False)
     assert pool.used_nbytes == 0
@@ -224,13 +226,17 @@ def test_damage_to_the_books_is_found() -> None:
         pool._free_slabs.append(1)
 
     def size(pool: SlabPool) -> None:
-        slot = next(s for s in pool.live().values() if s.nbytes == 256)
-        pool._live[slot.id] = Slot(slot.id, 1024, slot.tenant, slot.generation)
+        slot = next(s for s in pool.live().values() if s.nbytes == 1024)
+        pool._live["t"].remove(slot.generation)
+        pool._live["t"].add(slot.generation + (1 << PLACE))  # where no object of that size begins
 
     def nowhere(pool: SlabPool) -> None:
-        pool._live[24] = Slot(24, 256, "t", 99)
+        pool._live["t"].add(24 << PLACE)
 
-    for damage in (free_list, lost, count, listed, used, twice, owners, size, nowhere):
+    def cut(pool: SlabPool) -> None:
+        pool._cut[0] = pool._cut[1]
+
+    for damage in (free_list, lost, count, listed, used, twice, owners, size, nowhere, cut):
         pool = make_pool()
         pool.allocate(1024, 1, "t")
         pool.allocate(256, 1, "t")

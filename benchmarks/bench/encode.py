@@ -70,9 +70,9 @@ class _Span:
             for fmt in (DENSE, FORMATS[name].with_codecs(iterations=ITERATIONS))
         )  # fmt: skip
         self._sets, self._free, self.notes = sets, GRANULE, dict[str, Any]()
-        book = Codebook(self._take(self.target.codebook_nbytes), frames) if self.target.codebook_nbytes else None
-        self._quantised = [Page(self._take(self.target.page_nbytes), QUANTISED_FORMAT, book) for _ in range(frames)]
-        self._dense = [[Page(self._take(source.page_nbytes), 0) for _ in range(frames)] for _ in sets]
+        book = Codebook.at(self._take(self.target.codebook_nbytes), frames) if self.target.codebook_nbytes else None
+        self._quantised = [Page.at(self._take(self.target.page_nbytes), QUANTISED_FORMAT, book) for _ in range(frames)]
+        self._dense = [[Page.at(self._take(source.page_nbytes), 0) for _ in range(frames)] for _ in sets]
         self._buffer = torch.zeros(self._free, dtype=torch.uint8, device=self._device)
         for pair, pages in zip(sets, self._dense, strict=True):
             for x, part, start in zip(pair, (source.key, source.value), (0, source.value_offset(0)), strict=True):

@@ -1,0 +1,149 @@
+"""How a pool is cut into slabs, and how a place in it is named.
+
+A handle is one integer: the place (in units of `GRANULE` bytes) above, the place's generation below. It goes up by one
+each time the place comes back, so no two allocations ever have the same handle, and handles sort by address.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qvg_paged.errors import ConfigError
+from qvg_paged.kernels.layout import GRANULE, align
+
+__all__ = ["PLACE", "SizeClass", "SlabGeometry", "Slot", "byte_runs", "by_slab", "place_runs"]
+
+PLACE = 61
+"""Bits of a generation: ``handle >> PLACE`` is the id of a slot."""
+GENERATION = (1 << PLACE) - 1
+
+
+class Slot(NamedTuple):
+    """Memory of one object. A reused address is another slot: its generation differs.
+
+    Attributes:
+        id: offset in the pool in units of `GRANULE` bytes.
+        nbytes: size.
+        tenant: who may read it.
+        generation: the handle: unlike that of any other slot, earlier or later.
+    """
+
+    id: int
+    nbytes: int
+    tenant: str
+    generation: int
+
+
+@dataclass(frozen=True)
+class SlabGeometry:
+    """How a pool of a given size is cut.
+
+    Attributes:
+        slab_nbytes: bytes of a slab, a multiple of `GRANULE`.
+        num_slabs: slabs in the pool.
+    """
+
+    slab_nbytes: int
+    num_slabs: int
+
+    @classmethod
+    def choose(cls, sizes: Iterable[int], pool_nbytes: int) -> "SlabGeometry":
+        """The slab size that wastes least: rounding inside slabs, partly filled slabs, and the pool's remainder.
+
+        Four partly filled slabs per size is what streams leave that come and go without admission; tests/test_pool.py
+        measures it.
+
+        Raises:
+            ConfigError: the pool cannot hold one slab for each size.
+        """
+        sizes = sorted(set(sizes))
+        candidates = {align(size * count, GRANULE) for size in sizes for count in range(1, 65)}
+        usable = [c for c in candidates if c >= sizes[-1] and c * len(sizes) <= pool_nbytes]
+        if not usable:
+            raise ConfigError(
+                f"memory: expected a pool of at least {sizes[-1] * len(sizes)} bytes (a slab for each of the object "
+                f"sizes {sizes}), got {max(pool_nbytes, 0)} after staging and workspace; give the manager more"
+            )
+
+        def waste(slab: int) -> float:
+            rounding = sum(1 - (slab // size) * size / slab for size in sizes) / len(sizes)
+            return rounding + 4 * len(sizes) * slab / pool_nbytes + (pool_nbytes % slab) / pool_nbytes
+
+        slab = min(usable, key=lambda nbytes: (waste(nbytes), nbytes))
+        return cls(slab, pool_nbytes // slab)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pool."""
+        return self.slab_nbytes * self.num_slabs
+
+    def slabs_for(self, counts: Mapping[int, int]) -> int:
+        """Slabs that `counts` objects (by size) need at most, whatever the order of frees."""
+        return sum(-(-count // (self.slab_nbytes // size)) for size, count in counts.items() if count)
+
+
+def byte_runs(slots: Iterable[Slot]) -> list[tuple[int, int]]:
+    """First byte and end of each stretch of memory that `slots` fill: one operation for neighbours."""
+    return _joined((slot.id * GRANULE, slot.id * GRANULE + slot.nbytes) for slot in sorted(slots, key=lambda s: s.id))
+
+
+def place_runs(handles: list[int], unit: int) -> list[tuple[int, int]]:
+    """The same for sorted handles of objects of `unit` granules."""
+    first, end = handles[0] >> PLACE, (handles[-1] >> PLACE) + unit
+    if end - first == len(handles) * unit:  # no gap, as they mostly come
+        return [(first * GRANULE, end * GRANULE)]
+    places = [handle >> PLACE for handle in handles]
+    return _joined((place * GRANULE, (place + unit) * GRANULE) for place in places)
+
+
+def _joined(stretches: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for start, stop in stretches:
+        first = runs.pop()[0] if runs and runs[-1][1] == start else start
+        runs.append((first, stop))
+    return runs
+
+
+def by_slab(handles: list[int], slab_units: int) -> Iterator[tuple[int, list[int]]]:
+    """Each slab in which some of these sorted handles lie, and those of them."""
+    start = 0
+    while start < len(handles):
+        slab = (handles[start] >> PLACE) // slab_units
+        end = bisect_left(handles, (slab + 1) * slab_units << PLACE, start)
+        yield slab, handles[start:end]
+        start = end
+
+
+class SizeClass:
+    """Slabs cut for one object size.
+
+    Attributes:
+        nbytes, units: size of an object in bytes and granules.
+        slots: objects per slab.
+        free: for each of its slabs the handles to be given out next, the last one first.
+        with_room: its slabs that have a free slot, ascending.
+        free_slots: free slots of all its slabs.
+    """
+
+    __slots__ = ("free", "free_slots", "nbytes", "slots", "units", "with_room")
+
+    def __init__(self, nbytes: int, slots: int) -> None:
+        self.nbytes = nbytes
+        self.units = nbytes // GRANULE
+        self.slots = slots
+        self.free: dict[int, list[int]] = {}
+        self.with_room: list[int] = []
+        self.free_slots = 0
+
+    def cut(self, slab: int, slab_units: int, before: "tuple[SizeClass, list[int]] | None") -> list[int]:
+        """Handles of a slab that is cut for this size, highest place first. `before`: how it was cut, and what is free
+        of it; these handles were never given out.
+        """
+        generation = 0
+        if before is not None:
+            if before[0] is self:
+                return before[1]
+            generation = 1 + max(handle & GENERATION for handle in before[1])
+        first, step = slab * slab_units << PLACE | generation, self.units << PLACE
+        return list(range(first + (self.slots - 1) * step, first - 1, -step))
