@@ -78,6 +78,25 @@ class BlockTable:
             device = torch.device("cuda", torch.cuda.current_device())
         object.__setattr__(self, "device", torch.device("cpu") if device.type == "cpu" else device)
 
+    @classmethod
+    def of_one(
+        cls,
+        pages: tuple[int, ...],
+        codebooks: tuple[int, ...],
+        formats: tuple[int, ...],
+        positions: tuple[float, ...],
+        device: torch.device,
+    ) -> "BlockTable":
+        """A table of one sequence; `device` is a tensor's, that is with its index. Made for every chunk, so it goes
+        around the checks and the fields of a frozen class.
+        """
+        table = cls.__new__(cls)
+        table.__dict__.update(
+            pages=pages, codebooks=codebooks, formats=formats, positions=positions, indptr=(0, len(pages)),
+            device=device, cache={},
+        )  # fmt: skip
+        return table
+
     @property
     def batch(self) -> int:
         """Number of sequences."""

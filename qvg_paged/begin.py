@@ -1,23 +1,27 @@
 """Begin of chunks: check, make room for all of them, then reserve; all or none."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
+from qvg_paged.budget import object_counts
 from qvg_paged.chunk import Chunk
-from qvg_paged.compact import make_room
-from qvg_paged.errors import ArgumentError, StateError
+from qvg_paged.compact import make_room_for
+from qvg_paged.errors import ArgumentError
 from qvg_paged.events import EventKind, fault_point
 from qvg_paged.kernels.block_table import NO_CODEBOOK, BlockTable
 from qvg_paged.page import DENSE_FORMAT, QUANTISED_FORMAT
 from qvg_paged.scratch import ScratchWriter
-from qvg_paged.timeline import Demand, Timeline
+from qvg_paged.timeline import Demand
 
 if TYPE_CHECKING:
     from qvg_paged.manager import KVCacheManager
     from qvg_paged.stream import Stream
 
-__all__ = ["begin_chunks"]
+__all__ = ["Need", "begin_chunks"]
+
+Need = tuple[int, int, int, int]
+"""Of a chunk: its frames, the spans its commit closes, frames and format of these."""
 
 
 def begin_chunks(
@@ -32,70 +36,75 @@ def begin_chunks(
     count = most if frames is None else frames
     if not isinstance(count, int) or not 1 <= count <= most:
         raise ArgumentError(f"frames: expected 1 to frames_per_chunk={most}, got {count}")
-    if len(set(streams)) != len(streams):
+    if len(streams) > 1 and len(set(streams)) != len(streams):
         raise ArgumentError("streams: expected each stream once")
-    overrides = _check_positions(positions)
-    visible = [_ready(manager, stream, retrieve) for stream in streams]
-    spans = [_closing_spans(stream, count) for stream in streams]
-    needs = [_demand(stream.timeline, count, closing) for stream, closing in zip(streams, spans, strict=True)]
-    make_room(manager, sum(needs, manager.budget.reserve))
+    overrides = _check_positions(positions) if positions else {}
+    plans = [_plan(manager, stream, count, retrieve) for stream in streams]
+    make_room_for(manager, _counts(manager, count, plans))
     try:
-        return [
-            _begin(manager, stream, count, frames_seen, closing, overrides)
-            for stream, frames_seen, closing in zip(streams, visible, spans, strict=True)
-        ]
+        return [_begin(manager, plan, count, overrides) for plan in plans]
     except BaseException:
         manager.abort_all([stream.chunk for stream in streams if stream.chunk is not None])
         raise
 
 
-def _ready(manager: "KVCacheManager", stream: "Stream", retrieve: Sequence[int]) -> tuple[int, ...]:
+class _Plan(NamedTuple):
+    """What the next chunk of a stream sees, and how many spans its commit will close."""
+
+    stream: "Stream"
+    visible: tuple[int, ...]
+    closing: int
+
+
+def _plan(manager: "KVCacheManager", stream: "Stream", count: int, retrieve: Sequence[int]) -> _Plan:
     if stream.manager is not manager:
         raise ArgumentError(f"streams: expected streams of this manager, got {stream.id!r} of another")
-    stream.require_open()
-    if stream.chunk is not None:
-        raise StateError(f"stream: {stream.id!r} has an open chunk; commit or abort it first")
-    return stream.visible(retrieve)
+    stream.require_idle()
+    return _Plan(stream, stream.visible(retrieve), stream.timeline.closing(stream.committed, count))
 
 
-def _closing_spans(stream: "Stream", frames: int) -> int:
-    timeline = stream.timeline
-    return timeline.closed_spans(stream.committed + frames) - timeline.closed_spans(stream.committed)
+def _counts(manager: "KVCacheManager", count: int, plans: list[_Plan]) -> Mapping[int, int]:
+    """Pool objects by size that these chunks need, and what is kept free for demotion."""
+    if len(plans) != 1:
+        return _counted(manager, [_need(count, plan) for plan in plans])
+    need = _need(count, plans[0])
+    if need not in manager.needs:
+        manager.needs[need] = _counted(manager, [need])
+    return manager.needs[need]
 
 
-def _demand(timeline: Timeline, frames: int, closing: int) -> Demand:
-    pages = closing * timeline.closing_frames
-    if timeline.closing_format == QUANTISED_FORMAT:
-        return Demand(frames, pages, closing)
-    return Demand(frames, 0, closing, pages)
+def _need(count: int, plan: _Plan) -> Need:
+    timeline = plan.stream.timeline
+    return count, plan.closing, timeline.closing_frames, timeline.closing_format
 
 
-def _begin(
-    manager: "KVCacheManager",
-    stream: "Stream",
-    count: int,
-    visible: tuple[int, ...],
-    closing: int,
-    positions: Mapping[int, float],
-) -> Chunk:
+def _counted(manager: "KVCacheManager", needs: Iterable[Need]) -> Mapping[int, int]:
+    total = manager.budget.reserve
+    for frames, spans, span_frames, fmt in needs:
+        pages = spans * span_frames
+        total += Demand(frames, pages, spans) if fmt == QUANTISED_FORMAT else Demand(frames, 0, spans, pages)
+    return object_counts(manager.layouts, total)
+
+
+def _begin(manager: "KVCacheManager", plan: _Plan, count: int, positions: Mapping[int, float]) -> Chunk:
+    stream, visible, closing = plan
     frames = range(stream.committed, stream.committed + count)
     fault_point("chunk.reserve")
     timeline = stream.timeline
     reservation = manager.store.reserve(stream.tenant, count, closing, timeline.closing_frames, timeline.closing_format)
     manager.encoder.order_after()
-    pages = [stream.pages[frame] for frame in visible] + reservation.scratch
-    where = map(float, (*visible, *frames))
-    table = BlockTable(
-        pages=tuple([page.slot.id for page in pages]),
-        codebooks=tuple([page.codebook.slot.id if page.codebook else NO_CODEBOOK for page in pages]),
+    pages = [*stream.seen(visible), *reservation.scratch]
+    where = (*visible, *frames)
+    table = BlockTable.of_one(
+        pages=tuple([page.id for page in pages]),
+        codebooks=tuple([NO_CODEBOOK if page.codebook is None else page.codebook.id for page in pages]),
         formats=tuple([page.format for page in pages]),
-        positions=tuple(where if not positions else (positions.get(int(frame), frame) for frame in where)),
-        indptr=(0, len(pages)),
+        positions=where if not positions else tuple([positions.get(frame, frame) for frame in where]),
         device=manager.device,
     )
-    writer = ScratchWriter(manager.store.pool.buffer, manager.layouts[DENSE_FORMAT], reservation.scratch)
+    writer = ScratchWriter(manager.store.pool, manager.layouts[DENSE_FORMAT], reservation.scratch)
     chunk = stream.chunk = Chunk(stream, frames, visible, table, reservation, writer)
-    manager.send([manager.event(EventKind.ALLOCATE, stream, frames, reservation.pages)])
+    manager.notes.tell(stream, [(EventKind.ALLOCATE, frames, reservation.pages)])
     return chunk
 
 

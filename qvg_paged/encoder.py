@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from qvg_paged.events import fault_point
-from qvg_paged.fence import Fence
+from qvg_paged.fence import PASSED, Fence
 from qvg_paged.kernels.layout import PageLayout
 from qvg_paged.kernels.span import SpanEncoding
 from qvg_paged.page import DENSE_FORMAT, Page
@@ -27,7 +27,7 @@ class SpanEncoder:
         if buffer.device.type == "cuda":
             self._side = torch.cuda.Stream(buffer.device)
         self.guard()
-        self._done: Fence | None = None
+        self._done = PASSED
 
     def guard(self) -> None:
         """See to it that a pool dropped while a span is encoded is not given to anyone else before that is done."""
@@ -64,8 +64,15 @@ class SpanEncoder:
 
     def order_after(self) -> None:
         """Let the current stream wait until every span handed over so far is encoded."""
-        if self._done is not None:
-            self._done.order_after()
+        self.fence_of_spans().order_after()
+
+    def fence_of_spans(self) -> Fence:
+        """A fence behind every span handed over so far: all there is to wait for where the host has just waited for
+        the current stream.
+        """
+        if self._done.passed():
+            self._done = PASSED
+        return self._done
 
     def fence(self) -> Fence:
         """A fence behind all launched work, on the current stream and on the encoder's."""

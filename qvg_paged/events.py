@@ -49,6 +49,8 @@ class EventKind(Enum):
     RESIZE = "resize"
     """The pool gave memory back to the host engine, or got it back."""
 
+    __hash__ = object.__hash__  # each is one object; the enumeration's own hash is a call of its name's, at every count
+
 
 @dataclass(frozen=True)
 class CacheEvent:
@@ -91,9 +93,19 @@ class Tally:
 
     def note(self, event: CacheEvent) -> None:
         """Count an event."""
-        self.events[event.kind] += 1
-        self.frames[event.kind] += len(event.frames)
-        self.nbytes[event.kind] += event.nbytes
+        self.count(event.kind, len(event.frames), event.nbytes)
+
+    def count(self, kind: EventKind, frames: int, nbytes: int) -> None:
+        """Count an event of which nobody wants to hear more."""
+        self.events[kind] += 1
+        self.frames[kind] += frames
+        self.nbytes[kind] += nbytes
+
+    def fail(self, error: BaseException) -> None:
+        """Count a failure."""
+        for counted in self.COUNTED:
+            if isinstance(error, counted):
+                self.failures[counted] += 1
 
     def copy(self) -> "Tally":
         """The counts of the moment."""
@@ -105,10 +117,9 @@ class Tally:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for counted in self.COUNTED:
-            if kind is not None and issubclass(kind, counted):
-                self.failures[counted] += 1
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, *__: object) -> None:
+        if error is not None:
+            self.fail(error)
 
 
 CHUNK_FAULT_POINTS = (

@@ -12,10 +12,11 @@ from typing import cast
 
 import torch
 
-from qvg_paged.begin import begin_chunks
+from qvg_paged.batch import ChunkBatches
+from qvg_paged.begin import Need, begin_chunks
 from qvg_paged.budget import Budget, object_counts, object_sizes, page_layouts, stream_timeline
 from qvg_paged.calls import Calls
-from qvg_paged.checks import check_kv, check_layer, check_name, check_queries
+from qvg_paged.checks import check_layer, check_name
 from qvg_paged.chunk import Chunk, ChunkState
 from qvg_paged.commit import commit_chunks
 from qvg_paged.config import CacheConfig, ModelSpec, QualityFloor, Rung, Window
@@ -24,15 +25,15 @@ from qvg_paged.disk import DiskTier
 from qvg_paged.encoder import SpanEncoder
 from qvg_paged.errors import ArgumentError, OutOfMemoryError, StorageError
 from qvg_paged.events import CacheEvent, EventKind, Tally, fault_point
+from qvg_paged.finite import FiniteCheck
 from qvg_paged.host import HostArena
-from qvg_paged.kernels.attention import AttentionPath, paged_attention
 from qvg_paged.kernels.block_table import BlockTable
+from qvg_paged.notes import Notes, event, freed
 from qvg_paged.page import DENSE_FORMAT, Page, PageStore
 from qvg_paged.park import Parked, Tier, cancel_prefetch, discard, park_stream, prefetch_stream, resume_stream
 from qvg_paged.pool import SlabPool
 from qvg_paged.reader import page_digest, read_pages
 from qvg_paged.resize import grow_pool, shrink_pool
-from qvg_paged.scratch import ScratchWriter
 from qvg_paged.stats import CacheStats, cache_stats, object_stats, stream_stats
 from qvg_paged.stream import Stream
 from qvg_paged.timeline import Demand
@@ -67,9 +68,9 @@ class KVCacheManager:
         device = torch.empty(0, device=cast(torch.device, config.device)).device
         sizes = object_sizes(self.layouts)
         self._pool = SlabPool(self.budget.slabs, sizes, device, config.free_fill)
-        self._staging = torch.empty(self.budget.staging, dtype=torch.uint8, device=device)
+        self.staging = torch.empty(self.budget.staging, dtype=torch.uint8, device=device)
         self.store = PageStore(self._pool, self.layouts)
-        self.mover = Mover(self._pool.buffer, self._staging if device.type == "cuda" else None)
+        self.mover = Mover(self._pool.buffer, self.staging if device.type == "cuda" else None)
         self.host = HostArena(cast(int, config.host_memory), pinned=device.type == "cuda")
         self.disk: DiskTier | None = None
         if config.disk_path is not None:
@@ -78,9 +79,12 @@ class KVCacheManager:
         self.encoder = SpanEncoder(self._pool.buffer, self.layouts)
         self.streams: dict[str, Stream] = {}
         self.floors: dict[str, QualityFloor] = {}
-        self._batches: dict[tuple[int, ...], tuple[BlockTable, ScratchWriter]] = {}
+        self.finite = FiniteCheck(self._pool, self._dense, model.dtype)
+        self.needs: dict[Need, Mapping[int, int]] = {}
+        self.notes = Notes(config.on_event)
+        self._tally = self.notes.tally
+        self._batches = ChunkBatches(self)
         self._lock = Calls()
-        self._tally = Tally()
 
     @property
     def device(self) -> torch.device:
@@ -149,8 +153,12 @@ class KVCacheManager:
         positions: Mapping[int, float] | None = None,
     ) -> list[Chunk]:
         """Open a chunk on each stream, all or none: CFG branches begin together. See `Stream.begin_chunk`."""
-        with self._lock, self._tally:
-            return begin_chunks(self, streams, frames, retrieve, positions)
+        with self._lock:
+            try:
+                return begin_chunks(self, streams, frames, retrieve, positions)
+            except Tally.COUNTED as error:
+                self._tally.fail(error)
+                raise
 
     def attend(
         self, layer: int, chunks: Sequence[Chunk], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -167,69 +175,17 @@ class KVCacheManager:
             ``[sum of tokens, num_q_heads, head_dim]`` in q's dtype.
         """
         with self._lock.attending, torch.no_grad():
-            tokens = self._check_chunks(layer, chunks)
-            check_queries(q, sum(tokens), self.model, self.device)
-            check_kv(k, v, sum(tokens), self.model, self.device)
-            table, writer = self._batch(chunks)
-            self._write(layer, chunks, writer, k, v)
-            offsets = [0]
-            for count in tokens:
-                offsets.append(offsets[-1] + count)
-            out, _ = paged_attention(
-                q,
-                self._pool.buffer,
-                table,
-                self.layouts,
-                layer,
-                cu_seqlens_q=offsets,
-                softmax_scale=self.model.scale,
-                rope=self.model.read_rope,
-                path=cast(AttentionPath, self.config.path),
-                allow_fp8=self.config.allow_fp8,
-                workspace=self._staging,
-                lookahead=self._lock.lookahead,
-            )
-            return out
+            return self._batches.attend(layer, chunks, q, k, v, self._lock.lookahead)
 
     def write(self, layer: int, chunks: Sequence[Chunk], k: torch.Tensor, v: torch.Tensor) -> None:
         """`Chunk.write` for several chunks at once; arguments as `attend`."""
         with self._lock, torch.no_grad():
-            tokens = self._check_chunks(layer, chunks)
-            check_kv(k, v, sum(tokens), self.model, self.device)
-            self._write(layer, chunks, self._batch(chunks)[1], k, v)
-
-    def _check_chunks(self, layer: int, chunks: Sequence[Chunk]) -> list[int]:
-        check_layer(layer, self.model)
-        if not chunks or len({id(chunk) for chunk in chunks}) != len(chunks):
-            raise ArgumentError(f"chunks: expected one or more, each once, got {len(chunks)}")
-        for chunk in chunks:
-            chunk.require_open()
-            if chunk.stream.manager is not self:
-                raise ArgumentError("chunks: expected chunks of this manager")
-        return [chunk.num_tokens for chunk in chunks]
-
-    def _batch(self, chunks: Sequence[Chunk]) -> tuple[BlockTable, ScratchWriter]:
-        if len(chunks) == 1:
-            return chunks[0].table, chunks[0].writer
-        key = tuple(id(chunk) for chunk in chunks)
-        if key not in self._batches:
-            pages = [page for chunk in chunks for page in chunk.reservation.scratch]
-            writer = ScratchWriter(self._pool.buffer, self._dense, pages)
-            self._batches[key] = (BlockTable.concat([chunk.table for chunk in chunks]), writer)
-        return self._batches[key]
-
-    @staticmethod
-    def _write(layer: int, chunks: Sequence[Chunk], writer: ScratchWriter, k: torch.Tensor, v: torch.Tensor) -> None:
-        fault_point("chunk.write")
-        writer.write(layer, k, v)
-        for chunk in chunks:
-            chunk.written[layer] = True
+            self._batches.write(layer, chunks, k, v)
 
     def block_tables(self, chunks: Sequence[Chunk]) -> BlockTable:
         """Block table of open chunks, for engines that call the kernels themselves; `BlockTable.dense` pads it."""
         with self._lock:
-            self._check_chunks(0, chunks)
-            return self._batch(chunks)[0]
+            return self._batches.table(chunks)
 
     def commit(self, chunks: Sequence[Chunk]) -> None:
         """`Chunk.commit` for several chunks; the host waits for the device once, not once per chunk.
@@ -240,9 +196,13 @@ class KVCacheManager:
             StateError: a chunk is not open, or one of its layers was never written; nothing changed.
             NonFiniteError: chunks hold NaN or infinity; these were aborted, the others are still open.
         """
-        with self._lock, self._tally, torch.no_grad():
-            self._check_chunks(0, chunks)
-            commit_chunks(self, chunks)
+        with self._lock:
+            self._batches.check(chunks)
+            try:
+                commit_chunks(self, chunks)
+            except Tally.COUNTED as error:
+                self._tally.fail(error)
+                raise
 
     def abort(self, chunk: Chunk) -> None:
         """See `Chunk.abort`."""
@@ -263,13 +223,12 @@ class KVCacheManager:
         chunk.state = state
         chunk.stream.chunk = None
         chunk.table.cache.clear()
-        self._batches = {key: batch for key, batch in self._batches.items() if id(chunk) not in key}
+        self._batches.drop(chunk)
 
     def release(self, tenant: str, pages: list[Page]) -> list[CacheEvent]:
         """Take an owner from each page; memory is reusable once what was launched so far is done. The event to send."""
         returned = self.store.release(pages, self.encoder.fence()) if pages else 0
-        freed = tuple(page.id for page in pages if not page.owners)
-        return [CacheEvent(EventKind.FREE, tenant, "", (), freed, returned)] if returned else []
+        return freed(tenant, pages, returned)
 
     def fork(self, stream: Stream, stream_id: str) -> Stream:
         """See `Stream.fork`."""
@@ -450,14 +409,8 @@ class KVCacheManager:
     @staticmethod
     def event(kind: EventKind, stream: Stream, frames: Iterable[int], pages: list[Page]) -> CacheEvent:
         """An event about pages of a stream."""
-        books = {page.codebook for page in pages if page.codebook}
-        nbytes = sum(page.nbytes for page in pages) + sum(book.nbytes for book in books)
-        return CacheEvent(kind, stream.tenant, stream.id, tuple(frames), tuple(page.id for page in pages), nbytes)
+        return event(kind, stream, frames, pages)
 
     def send(self, events: list[CacheEvent]) -> None:
         """Count events and tell the event sink, after the books have changed."""
-        for event in events:
-            self._tally.note(event)
-        if self.config.on_event is not None:
-            for event in events:
-                self.config.on_event(event)
+        self.notes.send(events)

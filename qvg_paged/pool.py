@@ -67,7 +67,8 @@ class SlabPool:
         needed = 0
         for size, count in counts.items():
             kind = self._classes[size]
-            needed += -(-max(0, count - kind.free_slots) // kind.slots)
+            if count > kind.free_slots:
+                needed += -(-(count - kind.free_slots) // kind.slots)
         return needed - len(self._free_slabs)
 
     @property
@@ -85,11 +86,11 @@ class SlabPool:
         Raises:
             OutOfMemoryError: they do not fit; nothing changed.
         """
-        counts = {size: count for size, count in counts.items() if count}
         self.reclaim(wait=False)
-        if self._missing_slabs(counts) > 0:
-            self.reclaim(wait=True)
         missing = self._missing_slabs(counts)
+        if missing > 0:
+            self.reclaim(wait=True)
+            missing = self._missing_slabs(counts)
         if missing > 0:
             requested = sum(size * count for size, count in counts.items())
             raise OutOfMemoryError(
@@ -257,9 +258,10 @@ class SlabPool:
 
     def viewed(self, dtype: torch.dtype) -> torch.Tensor:
         """The whole pool in another dtype."""
-        if dtype not in self._views:
-            self._views[dtype] = self.buffer.view(dtype)
-        return self._views[dtype]
+        view = self._views.get(dtype)
+        if view is None:
+            view = self._views[dtype] = self.buffer.view(dtype)
+        return view
 
     def slab_of(self, slot: Slot) -> int:
         """Index of the slab that holds it."""

@@ -7,6 +7,7 @@ import torch
 
 from qvg_paged.kernels.layout import GRANULE, PageLayout
 from qvg_paged.page import Page
+from qvg_paged.pool import SlabPool
 
 __all__ = ["ScratchWriter"]
 
@@ -16,18 +17,25 @@ WORD = 8
 class ScratchWriter:
     """Scatters tokens of all frames of a chunk batch into unquantised pages."""
 
-    def __init__(self, buffer: torch.Tensor, layout: PageLayout, pages: list[Page]) -> None:
-        # Bytes per row of the copy: divides every page address and every part of a page, at least 128 of them.
-        self._row_nbytes = math.gcd(GRANULE, layout.key.nbytes)
-        self._rows = buffer.view(torch.int64).view(-1, self._row_nbytes // WORD)
+    def __init__(self, pool: SlabPool, layout: PageLayout, pages: list[Page]) -> None:
+        self._pool = pool
         self._layout = layout
-        self._pages = [page.id * (GRANULE // self._row_nbytes) for page in pages]
+        self._pages = pages
+
+    @cached_property
+    def _row_nbytes(self) -> int:
+        """Bytes per row of the copy: divides every page address and every part of a page, at least 128 of them."""
+        return math.gcd(GRANULE, self._layout.key.nbytes)
+
+    @cached_property
+    def _rows(self) -> torch.Tensor:
+        return self._pool.viewed(torch.int64).view(-1, self._row_nbytes // WORD)
 
     @cached_property
     def _index(self) -> torch.Tensor:
         """Row of the pool for each row of K, in layer 0."""
         device = self._rows.device
-        first = torch.tensor(self._pages).to(device, non_blocking=True)
+        first = torch.tensor([page.id * (GRANULE // self._row_nbytes) for page in self._pages]).to(device, non_blocking=True)
         return (first[:, None] + torch.arange(self._layout.key.nbytes // self._row_nbytes, device=device)).flatten()
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -1,6 +1,6 @@
 """One video being generated: its committed frames, its window, its open chunk."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -130,6 +130,8 @@ class Stream:
             ArgumentError: a frame of `retrieve` is not stored.
         """
         if not retrieve:
+            if self.timeline.visible_count(self.committed) == len(self.pages):  # nothing is kept past them
+                return tuple(self.pages)
             return tuple(self.timeline.visible(self.committed))
         missing = sorted(set(retrieve) - set(self.pages))
         if missing:
@@ -138,6 +140,12 @@ class Stream:
                 "keep more with Window(retrieval_frames=...)"
             )
         return tuple(sorted({*self.timeline.visible(self.committed), *retrieve}))
+
+    def seen(self, visible: Sequence[int]) -> Collection[Page]:
+        """Pages of visible frames."""
+        if len(visible) == len(self.pages):
+            return self.pages.values()
+        return [self.pages[frame] for frame in visible]
 
     def read(
         self, layer: int, frames: Sequence[int] | None = None, dtype: torch.dtype | None = None

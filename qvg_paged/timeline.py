@@ -104,9 +104,26 @@ class Timeline:
         """Frames the next chunk attends to without asking, ascending."""
         return self._sink_and_newest(committed, self.window.recent_frames)
 
+    def visible_count(self, committed: int) -> int:
+        """How many these are."""
+        sink = min(self.window.sink_frames, committed)
+        return sink + min(self.window.recent_frames, committed - sink)
+
     def kept(self, committed: int) -> list[int]:
         """Frames still stored, ascending."""
         return self._sink_and_newest(committed, self.window.recent_frames + self.window.retrieval_frames)
+
+    def leaving(self, before: int, after: int) -> range:
+        """Frames that leave the stream when it goes from `before` committed frames to `after`."""
+        window = self.window
+        sink, stored = window.sink_frames, window.recent_frames + window.retrieval_frames
+        return range(max(sink, before - stored), max(sink, after - stored))
+
+    def closing(self, committed: int, frames: int) -> int:
+        """Spans that are closed when `frames` more are committed."""
+        if self.span_frames is None:
+            return 0
+        return self.closed_spans(committed + frames) - self.closed_spans(committed)
 
     def _sink_and_newest(self, committed: int, newest: int) -> list[int]:
         sink = min(self.window.sink_frames, committed)
