@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from qvg_paged.budget import object_counts
 from qvg_paged.errors import OutOfMemoryError
 from qvg_paged.events import fault_point
-from qvg_paged.fence import Fence
 from qvg_paged.page import Codebook, Page
 from qvg_paged.pool import SlabPool, Slot
 from qvg_paged.timeline import Demand
@@ -111,5 +110,5 @@ def _targets(pool: SlabPool, slab: int, slots: list[Slot]) -> list[Slot]:
         raise
     finally:
         for slot in inside:
-            pool.free(slot, Fence())
+            pool.free(slot, pool.fence())
     return outside

@@ -86,9 +86,7 @@ class Tally:
     COUNTED = (OutOfMemoryError, NonFiniteError, IntegrityError, CorruptedError, StorageError)
 
     def __init__(self) -> None:
-        self.events: Counter[EventKind] = Counter()
-        self.frames: Counter[EventKind] = Counter()
-        self.nbytes: Counter[EventKind] = Counter()
+        self._counts = {kind: [0, 0, 0] for kind in EventKind}
         self.failures: Counter[type[BaseException]] = Counter()
 
     def note(self, event: CacheEvent) -> None:
@@ -97,9 +95,28 @@ class Tally:
 
     def count(self, kind: EventKind, frames: int, nbytes: int) -> None:
         """Count an event of which nobody wants to hear more."""
-        self.events[kind] += 1
-        self.frames[kind] += frames
-        self.nbytes[kind] += nbytes
+        counts = self._counts[kind]
+        counts[0] += 1
+        counts[1] += frames
+        counts[2] += nbytes
+
+    def _column(self, index: int) -> Counter[EventKind]:
+        return Counter({kind: counts[index] for kind, counts in self._counts.items() if counts[0]})
+
+    @property
+    def events(self) -> Counter[EventKind]:
+        """Events by kind."""
+        return self._column(0)
+
+    @property
+    def frames(self) -> Counter[EventKind]:
+        """Their frames."""
+        return self._column(1)
+
+    @property
+    def nbytes(self) -> Counter[EventKind]:
+        """Their bytes."""
+        return self._column(2)
 
     def fail(self, error: BaseException) -> None:
         """Count a failure."""
@@ -110,8 +127,8 @@ class Tally:
     def copy(self) -> "Tally":
         """The counts of the moment."""
         other = Tally()
-        for name, counter in vars(self).items():
-            setattr(other, name, Counter(counter))
+        other._counts = {kind: [*counts] for kind, counts in self._counts.items()}
+        other.failures = Counter(self.failures)
         return other
 
     def __enter__(self) -> None:

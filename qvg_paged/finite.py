@@ -15,30 +15,35 @@ __all__ = ["FiniteCheck"]
 
 
 class FiniteCheck:
-    """Finds NaN and infinity in unquantised pages: a reduction per stretch of memory, one wait for the device."""
+    """Finds NaN and infinity in unquantised pages: a sum per stretch of memory, and one wait for the device."""
 
     def __init__(self, pool: SlabPool, layout: PageLayout, dtype: torch.dtype) -> None:
         self._pool = pool
         self._dtype = dtype
+        self._itemsize = dtype.itemsize
         self._units = layout.page_nbytes // GRANULE
         self._payload = layout.num_layers * layout.layer_nbytes
         self._whole = self._payload == layout.page_nbytes  # what follows the payload of a page is nobody's
 
     def broken(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Chunks that hold NaN or infinity. The host has then waited for the current stream."""
-        values, itemsize = self._pool.viewed(self._dtype), self._dtype.itemsize
-        owners: list[Chunk] = []
-        ends: list[torch.Tensor] = []
-        for chunk in chunks:
-            for start, stop in self._stretches(chunk.reservation.scratch):
-                ends += values[start // itemsize : stop // itemsize].aminmax()  # NaN if any value is
-                owners.append(chunk)
-        found = torch.stack(ends).tolist() if values.is_cuda else [end.item() for end in ends]
-        if all(map(isfinite, found)):
+        values, itemsize = self._pool.viewed(self._dtype), self._itemsize
+        stretches = [
+            values[start // itemsize : stop // itemsize]
+            for chunk in chunks
+            for start, stop in self._stretches(chunk.reservation.scratch)
+        ]
+        sums = [stretch.sum() for stretch in stretches]
+        found = sums[0].item() if len(sums) == 1 else sum(torch.stack(sums).tolist())
+        if isfinite(found):
             return []
-        pairs = zip(owners, found[::2], found[1::2], strict=True)
-        bad = {id(chunk) for chunk, low, high in pairs if not (isfinite(low) and isfinite(high))}
-        return [chunk for chunk in chunks if id(chunk) in bad]
+        return [chunk for chunk in chunks if not all(map(self._is_finite, self._stretches(chunk.reservation.scratch)))]
+
+    def _is_finite(self, stretch: tuple[int, int]) -> bool:
+        """By the ends of the values, which are NaN if any of them is: of finite values, too, the sum may be infinite."""
+        start, stop = stretch
+        ends = self._pool.viewed(self._dtype)[start // self._itemsize : stop // self._itemsize].aminmax()
+        return all(map(isfinite, torch.stack(ends).tolist()))
 
     def _stretches(self, pages: list[Page]) -> list[tuple[int, int]]:
         if self._whole:

@@ -127,12 +127,12 @@ class PageStore:
                     group = self._pages(fmt, span_frames, tenant, codebook)
                 except BaseException:
                     if codebook:
-                        self.pool.give_back([codebook.handle], tenant, Fence())
+                        self.pool.give_back(size, [codebook.handle], tenant, self.pool.fence())
                     raise
                 groups.append(group)
                 taken += group
         except BaseException:
-            self.release(taken, Fence())
+            self.release(taken, self.pool.fence())
             raise
         return Reservation(taken[:scratch], groups)
 
@@ -171,7 +171,7 @@ class PageStore:
                 taken[size] = self.pool.allocate(size, count, tenant)[::-1]
         except BaseException:
             for slot in (slot for found in taken.values() for slot in found):
-                self.pool.free(slot, Fence())
+                self.pool.free(slot, self.pool.fence())
             raise
         return [taken[size].pop() for size in sizes]
 
@@ -192,21 +192,20 @@ class PageStore:
             return 0
         tenant = pages[0].tenant
         self.pool.check_handles([page.handle for page in pages], tenant)
-        returned, nbytes = [], 0
+        returned: dict[int, list[int]] = {}
         for page in pages:
             page.owners -= 1
             if page.owners:
                 continue
-            returned.append(page.handle)
-            nbytes += page.nbytes
+            returned.setdefault(page.nbytes, []).append(page.handle)
             codebook = page.codebook
             if codebook:
                 codebook.pages -= 1
                 if not codebook.pages:
-                    returned.append(codebook.handle)
-                    nbytes += codebook.nbytes
-        self.pool.give_back(returned, tenant, fence)
-        return nbytes
+                    returned.setdefault(codebook.nbytes, []).append(codebook.handle)
+        for nbytes, handles in returned.items():
+            self.pool.give_back(nbytes, handles, tenant, fence)
+        return sum([nbytes * len(handles) for nbytes, handles in returned.items()])
 
     def check_integrity(self, held: list[Page]) -> None:
         """Raise `IntegrityError` unless `held`, a page per owner, explains every owner, codebook and byte."""

@@ -2,17 +2,19 @@
 
 A slab is the unit that moves between sizes; inside a slab all slots are equal, so a page is contiguous and one int32
 names it. New objects fill the lowest slab of their size that has room, and a size takes a further slab only when it
-has no free slot left. Therefore a size that never holds more than n objects never holds more than
+has no free slot left, returned ones taken back included. Therefore a size that never holds more than n objects never holds more than
 ``ceil(n / slots per slab)`` slabs, whatever the order of frees: admission by worst case cannot be broken by
 fragmentation.
 
 Objects are integers here (handles, see `slabs`), taken and given back as slices of lists: what a page costs is a few
-operations of the interpreter's own, not an object with a place in a table.
+operations of the interpreter's own, not an object with a place in a table. What comes back stays with its size until
+somebody needs slabs: the next object of that size takes its place, and it is overwritten then.
 """
 
 import heapq
 from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -54,7 +56,7 @@ class SlabPool:
         self._classes = {size: SizeClass(size, self.slab_nbytes // size) for size in sorted(set(sizes))}
         self._cut: dict[int, SizeClass] = {}
         self._live: dict[str, set[int]] = {}
-        self._pending: list[tuple[Fence, Sequence[int]]] = []
+        self._pending: list[tuple[Fence, SizeClass, Sequence[int]]] = []
         self.used_nbytes = 0
         self.peak_nbytes = 0
 
@@ -67,8 +69,9 @@ class SlabPool:
         needed = 0
         for size, count in counts.items():
             kind = self._classes[size]
-            if count > kind.free_slots:
-                needed += -(-(count - kind.free_slots) // kind.slots)
+            short = count - kind.free_slots - len(kind.returned)
+            if short > 0:
+                needed += -(-short // kind.slots)
         return needed - len(self._free_slabs)
 
     @property
@@ -81,16 +84,16 @@ class SlabPool:
         return self._classes[nbytes].free_slots
 
     def require(self, counts: Mapping[int, int]) -> None:
-        """Make room for `counts` objects by size, taking back returned memory if that is what it takes.
+        """See to it that `counts` objects by size find room, taking back returned memory if that is what it takes.
 
         Raises:
             OutOfMemoryError: they do not fit; nothing changed.
         """
-        self.reclaim(wait=False)
         missing = self._missing_slabs(counts)
-        if missing > 0:
-            self.reclaim(wait=True)
-            missing = self._missing_slabs(counts)
+        for wait in (False, True):
+            if missing > 0:
+                self.reclaim(wait=wait)
+                missing = self._missing_slabs(counts)
         if missing > 0:
             requested = sum(size * count for size, count in counts.items())
             raise OutOfMemoryError(
@@ -99,7 +102,6 @@ class SlabPool:
                 requested,
                 self.free_nbytes,
             )
-        self._filled.order_after()
 
     def allocate(self, nbytes: int, count: int, tenant: str) -> list[Slot]:
         """`count` slots of `nbytes`, all or none.
@@ -113,18 +115,33 @@ class SlabPool:
         """`allocate`, but handles only."""
         fault_point("pool.allocate")
         kind = self._classes[nbytes]
-        if self._pending or kind.free_slots < count:
+        if count > kind.free_slots + len(kind.returned):
+            self._settle(wait=False)
             self.require({nbytes: count})
-        else:
-            self._filled.order_after()
-        handles = self._lowest(kind, count)
-        self._live.setdefault(tenant, set()).update(handles)
-        self.used_nbytes += count * nbytes
-        self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)
+        fresh = count - len(kind.returned)
+        if fresh > 0 and self.used_nbytes + fresh * nbytes > self.peak_nbytes:
+            self.reclaim(wait=False)  # what is only on its way back makes no peak
+        handles = self._recycled(kind, count)
+        if len(handles) < count:
+            handles += self._lowest(kind, count - len(handles))
+        live = self._live.get(tenant)
+        if live is None:
+            live = self._live[tenant] = set()
+        live.update(handles)
         return handles
+
+    def _recycled(self, kind: SizeClass, count: int) -> list[int]:
+        """Up to `count` handles in places that came back, overwritten now."""
+        if not kind.returned:
+            return []
+        places = kind.returned[-count:]
+        del kind.returned[-count:]
+        self._overwrite(place_runs(sorted(places), kind.units))
+        return [handle + 1 for handle in places]
 
     def _lowest(self, kind: SizeClass, count: int) -> list[int]:
         """Handles from the lowest slabs of a size that have room, a slab at a time."""
+        self._filled.order_after()
         handles: list[int] = []
         while (missing := count - len(handles)) > 0:
             if not kind.with_room:
@@ -137,6 +154,8 @@ class SlabPool:
             taken.reverse()
             handles += taken
         kind.free_slots -= count
+        self.used_nbytes += count * kind.nbytes
+        self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)
         return handles
 
     def _cut_slab(self, kind: SizeClass) -> None:
@@ -172,46 +191,63 @@ class SlabPool:
         Raises:
             StaleHandleError: it was returned before.
         """
-        self.give_back([slot.generation], slot.tenant, fence)
+        self.give_back(slot.nbytes, [slot.generation], slot.tenant, fence)
 
-    def give_back(self, handles: Sequence[int], tenant: str, fence: Fence) -> None:
-        """`free` for a sequence of a tenant's handles, each given once, which is the pool's from now on: all or none.
+    def give_back(self, nbytes: int, handles: Sequence[int], tenant: str, fence: Fence) -> None:
+        """`free` for a tenant's objects of one size, each given once: all or none.
 
         Raises:
             StaleHandleError: one was returned before; nothing changed.
         """
         self.check_handles(handles, tenant)
-        if handles:
-            live = self._live[tenant]
-            live.difference_update(handles)
-            if not live:
-                del self._live[tenant]
-        self._pending.append((fence, handles))
+        if not handles:
+            return
+        live = self._live[tenant]
+        live.difference_update(handles)
+        if not live:
+            del self._live[tenant]
+        if fence.passed():
+            self._came_back(self._classes[nbytes], handles)
+        else:
+            self._pending.append((fence, self._classes[nbytes], handles))
+
+    def _came_back(self, kind: SizeClass, handles: Sequence[int]) -> None:
+        kind.returned += handles
+        if self._fill:
+            self._overwrite(place_runs(sorted(handles), kind.units))  # poison is for who still reads them
+
+    def _settle(self, *, wait: bool) -> None:
+        """Note whose fences have passed; with `wait`, order later work behind the others."""
+        waiting = []
+        for fence, kind, handles in self._pending:
+            passed = fence.passed()
+            if not passed and wait:
+                fence.order_after()
+            if passed or wait:
+                self._came_back(kind, handles)
+            else:
+                waiting.append((fence, kind, handles))
+        self._pending = waiting
 
     def reclaim(self, *, wait: bool) -> None:
-        """Take back returned slots whose fence has passed; with `wait`, order later work behind the others."""
-        if not self._pending:
+        """Make returned places free whose fence has passed; with `wait`, order later work behind the others."""
+        if self._pending:
+            self._settle(wait=wait)
+        kinds = [kind for kind in self._classes.values() if kind.returned]
+        if not kinds:
             return
-        ready: list[int] = []
-        waiting = []
-        for fence, handles in self._pending:
-            if not fence.passed():
-                if not wait:
-                    waiting.append((fence, handles))
-                    continue
-                fence.order_after()
-            ready += handles
-        self._pending = waiting
-        if not ready:
-            return
-        # Whoever reclaims may be on another stream than whoever filled last or writes next: `require` waits for this.
+        # Whoever reclaims may be on another stream than whoever filled last or writes next: `_lowest` waits for this.
         self._filled.order_after()
-        ready.sort()
-        groups = [(slab, self._cut[slab], group) for slab, group in by_slab(ready, self._slab_units)]
-        self._overwrite([run for _, kind, group in groups for run in place_runs(group, kind.units)])
-        for slab, kind, group in groups:
-            self._put_back(slab, kind, group)
-        self._filled = Fence.record(self._device)
+        for kind in kinds:
+            handles, kind.returned = sorted(kind.returned), []
+            self._overwrite(place_runs(handles, kind.units))
+            for slab, group in by_slab(handles, self._slab_units):
+                self._put_back(slab, kind, group)
+        self._filled = self.fence()
+
+    def fence(self) -> Fence:
+        """A fence behind what was launched on the current stream: for places that were taken and are not wanted."""
+        return Fence.record(self._device)
 
     def _overwrite(self, runs: Iterable[tuple[int, int]]) -> None:
         for start, stop in runs:
@@ -222,11 +258,11 @@ class SlabPool:
         if not room:
             insort(kind.with_room, slab)
         room += [handle + 1 for handle in reversed(handles)]
+        if len(room) > len(handles):
+            room.sort(reverse=True)  # neighbours together: one operation overwrites or checks them
         kind.free_slots += len(handles)
         self.used_nbytes -= len(handles) * kind.nbytes
         if len(room) == kind.slots:
-            if len(handles) < kind.slots:
-                room.sort(reverse=True)
             del self._cut[slab], kind.free[slab]
             kind.with_room.remove(slab)
             kind.free_slots -= kind.slots
@@ -272,8 +308,8 @@ class SlabPool:
         if len(set(self._free_slabs)) != len(self._free_slabs):
             raise IntegrityError("pool: a slab is twice in the free list")
         taken_of: dict[int, list[int]] = {}
-        live = [handle for handles in self._live.values() for handle in handles]
-        for handle in [*live, *(handle for _, handles in self._pending for handle in handles)]:
+        groups: list[Iterable[int]] = [*self._live.values(), *(handles for _, _, handles in self._pending)]
+        for handle in chain(*groups, *(kind.returned for kind in self._classes.values())):
             taken_of.setdefault((handle >> PLACE) // self._slab_units, []).append(handle >> PLACE)
         owner = set(self._free_slabs)
         used = 0

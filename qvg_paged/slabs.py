@@ -124,9 +124,10 @@ class SizeClass:
         free: for each of its slabs the handles to be given out next, the last one first.
         with_room: its slabs that have a free slot, ascending.
         free_slots: free slots of all its slabs.
+        returned: handles that came back; still to be overwritten.
     """
 
-    __slots__ = ("free", "free_slots", "nbytes", "slots", "units", "with_room")
+    __slots__ = ("free", "free_slots", "nbytes", "returned", "slots", "units", "with_room")
 
     def __init__(self, nbytes: int, slots: int) -> None:
         self.nbytes = nbytes
@@ -135,6 +136,7 @@ class SizeClass:
         self.free: dict[int, list[int]] = {}
         self.with_room: list[int] = []
         self.free_slots = 0
+        self.returned: list[int] = []
 
     def cut(self, slab: int, slab_units: int, before: "tuple[SizeClass, list[int]] | None") -> list[int]:
         """Handles of a slab that is cut for this size, highest place first. `before`: how it was cut, and what is free

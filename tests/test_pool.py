@@ -57,10 +57,10 @@ def test_several_slots_go_back_at_once_or_not_at_all(count: int) -> None:
     pool.free(gone, DONE)
     live = pool.live()
     with pytest.raises(StaleHandleError, match=f"generation {gone.generation}"):
-        pool.give_back([slot.generation for slot in [*slots, gone]], "t", DONE)
+        pool.give_back(1024, [slot.generation for slot in [*slots, gone]], "t", DONE)
     assert pool.live() == live
-    pool.give_back([slot.generation for slot in slots], "t", DONE)
-    pool.give_back([], "u", DONE)
+    pool.give_back(1024, [slot.generation for slot in slots], "t", DONE)
+    pool.give_back(1024, [], "u", DONE)
     assert pool.live() == {}
     pool.reclaim(wait=False)
     assert pool.used_nbytes == 0
