@@ -1,22 +1,20 @@
 """Block tables in CSR form: which pages each sequence of a ragged batch attends to, in order."""
 
+from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate
-from typing import Any
+from functools import cached_property, lru_cache
+from struct import Struct
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 __all__ = ["BlockTable", "FormatGroup"]
 
 NO_CODEBOOK = -1
 
 
-@dataclass(frozen=True)
-class FormatGroup:
+class FormatGroup(NamedTuple):
     """Entries of a block table that share a page format, on the device.
 
     Attributes:
@@ -36,18 +34,29 @@ class FormatGroup:
     order: tuple[int, ...]
 
 
+WORD = 4
 ALIGNMENT = 4
 """Numbers of four bytes: every plane of an upload starts at a multiple of 16 bytes, as a tensor of its own would."""
 
 
-def _upload(planes: Sequence[NDArray[np.int32]], device: torch.device) -> list[torch.Tensor]:
-    """All `planes` in one copy to `device`."""
-    starts = list(accumulate((len(plane) + -len(plane) % ALIGNMENT for plane in planes), initial=0))
-    on_host = np.zeros(starts[-1], dtype=np.int32)
-    for plane, start in zip(planes, starts, strict=False):
-        on_host[start : start + len(plane)] = plane
-    uploaded = torch.from_numpy(on_host).to(device, non_blocking=True)
-    return [uploaded[start : start + len(plane)] for plane, start in zip(planes, starts, strict=False)]
+
+@lru_cache(maxsize=1024)
+def _packing(entries: tuple[int, ...], ends: int) -> tuple[Struct, list[int]]:
+    """How an upload is packed that has three planes for each count of `entries`, positions last, and a plane of `ends`
+    numbers after these: the numbers, and the lengths of planes and of what fills them up, in turn.
+    """
+    planes = [plane for count in entries for plane in ((count, "i"), (count, "i"), (count, "f"), (ends, "i"))]
+    lengths = [(count, -count % ALIGNMENT) for count, _ in planes]
+    code = "".join(f"{count}{kind}{pad * WORD}x" for (count, pad), (_, kind) in zip(lengths, planes, strict=True))
+    return Struct(f"={code}"), [length for both in lengths for length in both]
+
+
+class _Part(NamedTuple):
+    """Entries of one format, on the host."""
+
+    format: int
+    order: tuple[int, ...]
+    columns: tuple[Sequence[int], Sequence[int], Sequence[float], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -124,19 +133,37 @@ class BlockTable:
     @cached_property
     def groups(self) -> dict[int, FormatGroup]:
         """The entries by format index, uploaded once and together."""
-        formats, positions = np.array(self.formats), np.array(self.positions, dtype=np.float32)
-        columns = np.array((self.pages, self.codebooks, positions.view(np.int32)), dtype=np.int32)
-        orders = {fmt: np.flatnonzero(formats == fmt) for fmt in sorted(set(self.formats))}
-        indptrs = {fmt: np.searchsorted(order, self.indptr).astype(np.int32) for fmt, order in orders.items()}
-        planes = [plane for fmt, order in orders.items() for plane in (*columns[:, order], indptrs[fmt])]
-        uploaded = iter(_upload(planes, self.device))
-        groups = {}
-        for fmt, order in orders.items():
-            pages, codebooks, where, indptr = (next(uploaded) for _ in range(4))
-            host_indptr = tuple(indptrs[fmt].tolist())
-            positions_of = where.view(torch.float32)
-            groups[fmt] = FormatGroup(pages, codebooks, positions_of, indptr, host_indptr, tuple(order.tolist()))
-        return groups
+        parts = [self._part(fmt) for fmt in sorted(set(self.formats))]
+        if not parts:
+            return {}
+        struct, lengths = _packing(tuple([len(part.order) for part in parts]), len(self.indptr))
+        on_host = bytearray(struct.size)
+        struct.pack_into(on_host, 0, *[number for part in parts for column in part.columns for number in column])
+        uploaded = torch.frombuffer(on_host, dtype=torch.int32).to(self.device, non_blocking=True)
+        planes = iter(uploaded.split_with_sizes(lengths)[::2])
+        return {
+            part.format: FormatGroup(
+                next(planes), next(planes), next(planes).view(torch.float32), next(planes), part.columns[3], part.order
+            )
+            for part in parts
+        }
+
+    def _part(self, fmt: int) -> _Part:
+        formats, count = self.formats, self.formats.count(fmt)
+        first = formats.index(fmt)
+        end = first + count
+        if formats[first:end].count(fmt) == count:  # neighbours, as they mostly are
+            order = tuple(range(first, end))
+            columns = self.pages[first:end], self.codebooks[first:end], self.positions[first:end]
+        else:
+            order = tuple([entry for entry, other in enumerate(formats) if other == fmt])
+            pages, codebooks, positions = self.pages, self.codebooks, self.positions
+            columns = (
+                tuple([pages[i] for i in order]),
+                tuple([codebooks[i] for i in order]),
+                tuple([positions[i] for i in order]),
+            )
+        return _Part(fmt, order, (*columns, tuple([bisect_left(order, end) for end in self.indptr])))
 
     def dense(self, fill: int = -1) -> torch.Tensor:
         """Page ids as ``[batch, longest]`` int32 on the host, padded with `fill`: the form LLM engines use."""

@@ -40,7 +40,7 @@ class FiniteCheck:
         return [chunk for chunk in chunks if not all(map(self._is_finite, self._stretches(chunk.reservation.scratch)))]
 
     def _is_finite(self, stretch: tuple[int, int]) -> bool:
-        """By the ends of the values, which are NaN if any of them is: of finite values, too, the sum may be infinite."""
+        """By the ends of the values, which are NaN if any is: of finite values, too, the sum may be infinite."""
         start, stop = stretch
         ends = self._pool.viewed(self._dtype)[start // self._itemsize : stop // self._itemsize].aminmax()
         return all(map(isfinite, torch.stack(ends).tolist()))

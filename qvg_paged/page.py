@@ -183,7 +183,7 @@ class PageStore:
             page.owners += 1
 
     def release(self, pages: Sequence[Page], fence: Fence) -> int:
-        """Take an owner from each page, all of one tenant; bytes returned to the pool, reusable once `fence` has passed.
+        """Take an owner from each page, all of one tenant; bytes returned to the pool, reusable behind `fence`.
 
         Raises:
             StaleHandleError: one was returned before; nothing changed.

@@ -1,14 +1,14 @@
 """One byte budget for objects of a few sizes: equal slabs, each cut for one size at a time.
 
 A slab is the unit that moves between sizes; inside a slab all slots are equal, so a page is contiguous and one int32
-names it. New objects fill the lowest slab of their size that has room, and a size takes a further slab only when it
-has no free slot left, returned ones taken back included. Therefore a size that never holds more than n objects never holds more than
-``ceil(n / slots per slab)`` slabs, whatever the order of frees: admission by worst case cannot be broken by
-fragmentation.
+names it. New objects take places of their size that came back, then fill its lowest slab that has room, and a size
+takes a further slab only when it has no free place left. Therefore a size that never holds more than n objects never
+holds more than ``ceil(n / slots per slab)`` slabs, whatever the order of frees: admission by worst case cannot be
+broken by fragmentation.
 
 Objects are integers here (handles, see `slabs`), taken and given back as slices of lists: what a page costs is a few
 operations of the interpreter's own, not an object with a place in a table. What comes back stays with its size until
-somebody needs slabs: the next object of that size takes its place, and it is overwritten then.
+somebody needs slabs; it is overwritten when it is taken again, or when its slab is handed on.
 """
 
 import heapq
@@ -27,6 +27,8 @@ from qvg_paged.kernels.layout import GRANULE
 from qvg_paged.slabs import PLACE, SizeClass, SlabGeometry, Slot, by_slab, byte_runs, place_runs
 
 __all__ = ["SlabGeometry", "SlabPool", "Slot", "byte_runs"]
+
+NONE: frozenset[int] = frozenset()
 
 
 class SlabPool:
@@ -132,7 +134,7 @@ class SlabPool:
 
     def _recycled(self, kind: SizeClass, count: int) -> list[int]:
         """Up to `count` handles in places that came back, overwritten now."""
-        if not kind.returned:
+        if not kind.returned or not count:
             return []
         places = kind.returned[-count:]
         del kind.returned[-count:]
@@ -180,7 +182,7 @@ class SlabPool:
 
     def check_handles(self, handles: Sequence[int], tenant: str) -> None:
         """Raise `StaleHandleError` unless all are live and the tenant's."""
-        live = self._live.get(tenant, frozenset())
+        live = self._live.get(tenant, NONE)
         if not live.issuperset(handles):
             stale = next(handle for handle in handles if handle not in live)
             raise StaleHandleError(f"slot: id {stale >> PLACE}, generation {stale} was returned to the pool")

@@ -35,7 +35,8 @@ class ScratchWriter:
     def _index(self) -> torch.Tensor:
         """Row of the pool for each row of K, in layer 0."""
         device = self._rows.device
-        first = torch.tensor([page.id * (GRANULE // self._row_nbytes) for page in self._pages]).to(device, non_blocking=True)
+        rows = GRANULE // self._row_nbytes
+        first = torch.tensor([page.id * rows for page in self._pages]).to(device, non_blocking=True)
         return (first[:, None] + torch.arange(self._layout.key.nbytes // self._row_nbytes, device=device)).flatten()
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 """How a pool is cut into slabs, and how a place in it is named.
 
-A handle is one integer: the place (in units of `GRANULE` bytes) above, the place's generation below. It goes up by one
-each time the place comes back, so no two allocations ever have the same handle, and handles sort by address.
+A handle is one integer: the place (in units of `GRANULE` bytes) above, the place's generation below. That goes up by
+one each time the place is taken again, so no two allocations ever have the same handle, and handles sort by address.
 """
 
 from bisect import bisect_left
@@ -12,10 +12,11 @@ from typing import NamedTuple
 from qvg_paged.errors import ConfigError
 from qvg_paged.kernels.layout import GRANULE, align
 
-__all__ = ["PLACE", "SizeClass", "SlabGeometry", "Slot", "byte_runs", "by_slab", "place_runs"]
+__all__ = ["PLACE", "SizeClass", "SlabGeometry", "Slot", "by_slab", "byte_runs", "place_runs"]
 
 PLACE = 61
-"""Bits of a generation: ``handle >> PLACE`` is the id of a slot."""
+"""Bits of a generation: ``handle >> PLACE`` is the id of a slot. Python hashes integers modulo ``2**61 - 1``, so that
+the hash of a handle is the sum of its halves; with fewer bits handles would crowd into a few places of a set."""
 GENERATION = (1 << PLACE) - 1
 
 

@@ -80,6 +80,47 @@ def test_what_does_not_fit_takes_nothing_and_says_how_much_was_free() -> None:
     assert len(pool.allocate(1024, 5, "t")) == 5
 
 
+def test_none_are_none_whatever_came_back() -> None:
+    pool = make_pool()
+    for slot in pool.allocate(1024, 2, "t"):
+        pool.free(slot, DONE)
+    assert pool.allocate(1024, 0, "t") == []
+    pool.check_integrity()
+
+
+def test_what_came_back_is_taken_first_and_leaves_no_slab_half_empty() -> None:
+    pool = make_pool(slabs=3)
+    first = pool.allocate(1024, 4, "t")
+    for slot in first[1:3]:
+        pool.bytes_of(slot).fill_(7)
+        pool.free(slot, DONE)
+    again = pool.allocate(1024, 3, "u")
+    assert {slot.id for slot in first[1:3]} < {slot.id for slot in again}
+    assert all(pool.bytes_of(slot).eq(0xFF).all() for slot in again)
+    assert not {slot.generation for slot in again} & {slot.generation for slot in first}
+    assert (pool.used_nbytes, pool.peak_nbytes, pool.free_nbytes) == (5 * 1024, 5 * 1024, 0)
+    pool.check_integrity()
+
+
+def test_a_slab_cut_for_another_size_and_back_names_its_places_anew() -> None:
+    pool, seen = make_pool(slabs=1), set[int]()
+    for size in (1024, 256, 1024, 1024, 256):
+        slots = pool.allocate(size, 2048 // size, "t")
+        assert not seen & {slot.generation for slot in slots}
+        seen |= {slot.generation for slot in slots}
+        for slot in slots:
+            pool.free(slot, DONE)
+
+
+def test_memory_on_its_way_back_makes_no_peak() -> None:
+    pool = make_pool()
+    for slot in pool.allocate(1024, 2, "t"):
+        pool.free(slot, DONE)
+    pool.allocate(256, 8, "t")
+    assert (pool.used_nbytes, pool.peak_nbytes) == (2048, 2048)
+    pool.check_integrity()
+
+
 def test_room_is_counted_over_all_sizes_of_a_request() -> None:
     pool = make_pool(slabs=2)
     pool.require({1024: 2, 256: 8})

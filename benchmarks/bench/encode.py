@@ -17,6 +17,7 @@ from qvg_paged.kernels.formats import DENSE, FORMATS
 from qvg_paged.kernels.layout import GRANULE
 from qvg_paged.page import QUANTISED_FORMAT, Codebook, Page
 from qvg_paged.pool import Slot
+from qvg_paged.slabs import PLACE
 
 __all__ = ["ENCODED", "RELEASED", "encode_cases"]
 
@@ -81,7 +82,7 @@ class _Span:
 
     def _take(self, nbytes: int) -> Slot:
         start, self._free = self._free, self._free + nbytes
-        return Slot(start // GRANULE, nbytes, "bench", 0)
+        return Slot(start // GRANULE, nbytes, "bench", start // GRANULE << PLACE)
 
     @property
     def stored_nbytes(self) -> int:

@@ -80,9 +80,9 @@ def _pool_systems() -> Iterator[System]:
 
     def cycle() -> tuple[float, float]:
         start = time.perf_counter()
-        slots = pool.allocate(PAGE_NBYTES, PAGES, "bench")
+        handles = pool.take(PAGE_NBYTES, PAGES, "bench")
         taken = time.perf_counter()
-        pool.free_all(slots, Fence.record(device))
+        pool.give_back(PAGE_NBYTES, handles, "bench", Fence.record(device))
         pool.reclaim(wait=True)
         return (taken - start) / PAGES, (time.perf_counter() - taken) / PAGES
 
