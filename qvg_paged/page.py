@@ -32,11 +32,12 @@ class Stored:
 
     @property
     def slot(self) -> Slot:
-        """Its memory. Set when the object has moved."""
+        """Its memory."""
         return Slot(self.id, self.nbytes, self.tenant, self.handle)
 
     @slot.setter
     def slot(self, slot: Slot) -> None:
+        """Say where the object has moved."""
         self.id, self.nbytes, self.tenant, self.handle = slot
 
 
