@@ -183,12 +183,16 @@ def _for(options: FrontierOptions, variant: str) -> FrontierOptions:
     return replace(options, rows=options.outlier_rows, paths=max(1, options.paths // 2))
 
 
-def run(options: FrontierOptions, progress: Callable[[str], None] = print) -> dict[str, Any]:
-    """``{model: {variant: [row, ...]}}``, rows in the order of `rows.SETS`."""
-    return run_all([options], progress)
-
-
 Found = dict[str, dict[str, list[dict[str, Any]]]]
+
+
+def run(
+    options: FrontierOptions,
+    progress: Callable[[str], None] = print,
+    save: Callable[[Found], None] = lambda _: None,
+) -> Found:
+    """``{model: {variant: [row, ...]}}``, rows in the order of `rows.SETS`."""
+    return run_all([options], progress, save)
 
 
 def run_all(

@@ -30,16 +30,19 @@ Rows = dict[str, dict[str, Any]]
 def run(
     options: "frontier.FrontierOptions", files: Sequence[Path], picture: Path, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Run the frontier, write the result files and the plot, print the tables."""
-    results = frontier.run(options, progress)
+    """Run the frontier, write the result files (anew after every batch) and the plot, print the tables."""
     config = {**vars(options), "weights": [path.name for path in options.weights]}
-    content = results_file.result(device=options.device, config=config, results=results)
-    for path in files:
-        results_file.write(path, content)
+
+    def save(found: "frontier.Found") -> None:
+        content = results_file.result(device=options.device, config=config, results=found)
+        for path in files:
+            results_file.write(path, content)
+
+    results = frontier.run(options, progress, save)
     plot(results, picture)
     for line in lines(results):
         progress(line)
-    return content
+    return results
 
 
 def by_name(rows: Sequence[dict[str, Any]]) -> Rows:
