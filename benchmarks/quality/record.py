@@ -17,8 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import results_file
 
 from quality.frontier import Found, FrontierOptions, run_all
+from quality.rows import SAME_BYTES_WINDOW
 
-RIVALS = ("QVG int2 Kc=8", "QVG int2 Kc=16", "qvg4-int2 Kc=8", "QVG int2 asymmetric B64 Kc=8")
+RIVALS = (
+    "QVG int2 Kc=8",
+    "QVG int2 Kc=16",
+    "qvg4-int2 Kc=8",
+    "QVG int2 asymmetric B64 Kc=8",
+    f"last {SAME_BYTES_WINDOW} frames (bytes of best-2bit)",
+)
 OUTLIERS = ("9x", "150x", "13x")
 
 
