@@ -13,7 +13,7 @@ from bench.gate import AttentionGate
 from bench.history import HistorySpec
 from bench.settings import Bench, BenchOptions
 from bench.timing import Clock
-from qvg_paged.kernels import AttentionPath
+from qvg_paged.kernels import AttentionPath, Lookahead
 from qvg_paged.kernels.dispatch import DispatchRow, DispatchTable, Workload, cache_file
 
 __all__ = ["TUNED", "tune", "write"]
@@ -87,13 +87,13 @@ def _measure(bench: Bench, spec: HistorySpec, heads: int, queries: int) -> Dispa
     q = torch.randn(queries * batch, heads, spec.head_dim, device=bench.device).bfloat16()
     cu = tuple(range(0, len(q) + 1, queries))
     gate = AttentionGate(q, cu, spec.heads, history.truth)
-    workspace = scratch(spec, bench.device)
+    workspace, lookahead = scratch(spec, bench.device), Lookahead()
     clock = Clock(bench.device, CALL_SECONDS, least=3)
     times = []
     for path in TUNED:
         if bench.is_small and path is not AttentionPath.STAGED:
             continue
-        run = paged_call(q, history, cu, path, workspace)
+        run = paged_call(q, history, cu, path, workspace, lookahead=lookahead)
         try:
             if path_check(gate, path)(run(0)).passed:
                 times.append((path, clock.device_time(run, history.sets).median_ms))
