@@ -28,6 +28,7 @@ ALL = 2
 
 class _Thread(local):
     record: list[Launch] | None = None
+    kept: list[Any] | None = None
 
 
 _thread = _Thread()
@@ -45,9 +46,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         constants: ``tl.constexpr`` parameters and compile options.
     """
     if isinstance(kernel, JITFunction):
-        device = torch.cuda.current_device()
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
         made = _bound(kernel, device, grid, args, constants)
-        made(triton.runtime.driver.active.get_current_stream(device))
+        made(driver.get_current_stream(device))
     else:
 
         def made(_: int) -> None:
@@ -56,16 +58,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         made(0)
     if _thread.record is not None:
         _thread.record.append(made)
+    if _thread.kept is not None:
+        _thread.kept.append(args)
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """The launches of this thread inside the block, which run as well; repeating them repeats nothing else."""
-    before, _thread.record = _thread.record, []
+def recorded(kept: list[Any] | None = None) -> Iterator[list[Launch]]:
+    """The launches of this thread inside the block, which run as well; repeating them repeats nothing else.
+
+    `kept` gets their arguments: as long as it is there, so is the memory that they point to.
+    """
+    before = _thread.record, _thread.kept
+    launches: list[Launch] = []
+    _thread.record, _thread.kept = launches, kept
     try:
-        yield _thread.record
+        yield launches
     finally:
-        _thread.record = before
+        _thread.record, _thread.kept = before
 
 
 def _bound(

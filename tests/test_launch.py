@@ -58,9 +58,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setattr(made, "run", run)
     monkeypatch.setattr(made, "compiled", compiled, raising=False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    active = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 70 + device))
-    monkeypatch.setattr(triton.runtime, "driver", active)
+    driver = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 70 + device)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
     monkeypatch.setattr(module, "_compiled", {})
     return made
 
@@ -132,6 +131,17 @@ def test_recorded_launches_are_repeated_on_the_stream_they_are_given(kernel: Any
     outer[0](5)
     assert [launched[:4] for launched in done.launched] == [(n, 1, 1, 70) for n in (1, 2, 3)] + [(1, 1, 1, 5)]
     assert done.launched[0][4:] == done.launched[-1][4:]
+
+
+def test_arguments_are_kept_for_whoever_repeats_their_launch(kernel: Any) -> None:
+    args, kept = arguments(), list[Any]()
+    with recorded(kept):
+        launch(kernel, (1,), *args, WIDTH=64)
+        with recorded():
+            launch(kernel, (2,), *arguments(), WIDTH=64)
+    launch(kernel, (1,), *arguments(), WIDTH=64)
+    assert len(kept) == 1
+    assert kept[0][0] is args[0]
 
 
 def test_a_parameter_that_is_missing_is_told(kernel: Any) -> None:
