@@ -23,7 +23,8 @@ from quality.outliers import contrast_of, with_contrast
 from quality.paths import KINDS, revisit_paths
 from quality.record import plan
 from quality.report import compare, table
-from quality.rows import REAL_GEOMETRIES, SAME_BYTES_WINDOW, rows_named
+from quality.row import REAL_GEOMETRIES
+from quality.rows import SAME_BYTES_WINDOW, rows_named
 from quality.rungs import ROWS
 from quality.rungs import run as run_rungs
 from quality.synthetic import STATISTICS, synthesise

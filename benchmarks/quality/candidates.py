@@ -4,30 +4,19 @@ The kept ones are options of `qvg_paged.Codec`; the others live here only, so th
 """
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from quality.codecs import Memory, asymmetric, hadamard
+from quality.grids import EXACT, LEVELS, WIDTH, fp8, leading, nearest, pair_size
 from qvg_paged.kernels import _blocks
 from qvg_paged.kernels.backend import Backend, uses_triton
 from qvg_paged.kernels.codec import decode_span, encode_span
-from qvg_paged.kernels.formats import CentroidType, Codec, Grid, ScaleRule
+from qvg_paged.kernels.formats import CentroidType, Codec, ScaleRule
 from qvg_paged.kernels.kmeans import Centroids, fit, round_centroids, seed_rows
 
 __all__ = ["Candidate"]
-
-LEVELS = {
-    "ternary": (-1.0, 0.0, 1.0),
-    "3113": (-3.0, -1.0, 1.0, 3.0),
-    "4114": (-4.0, -1.0, 1.0, 4.0),
-    "int4": tuple(float(i) for i in range(-7, 8)),
-    "16": tuple(float(i) for i in range(-15, 16, 2)),
-}
-EXACT = {"ternary": Grid.TERNARY, "3113": Grid.QUATERNARY, "int4": Grid.INT4}
-WIDTH = {"ternary": 2, "3113": 2, "4114": 2, "asym2": 2, "int4": 4, "16": 4, "2+2": 4, "2+2 dropped": 2}
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -133,7 +122,7 @@ class Candidate:
         spread = variance.sqrt()
         if self.balance == "query":
             assert moment is not None
-            spread = (spread / _pair_size(moment)).sqrt()
+            spread = (spread / pair_size(moment)).sqrt()
         elif self.balance == "root":
             spread = spread.sqrt()
         elif self.balance == "clip":
@@ -144,7 +133,7 @@ class Candidate:
         return spread.clamp_min(1e-6).bfloat16().float()
 
     def _low_rank(self, x: Tensor) -> Tensor:
-        basis = _leading(x.transpose(1, 2) @ x, self.rank).bfloat16().float()
+        basis = leading(x.transpose(1, 2) @ x, self.rank).bfloat16().float()
         part = x @ basis
         top = (1 << (self.rank_bits - 1)) - 1
         # one FP8 scale per token for coefficients that are brought to a like size by their spread
@@ -162,7 +151,7 @@ class Candidate:
         weight = rest.new_ones(1, dtype=torch.float32)
         if self.query_distance:
             assert moment is not None
-            weight = _pair_size(moment) * (1.0 if self.balance_late else balance)
+            weight = pair_size(moment) * (1.0 if self.balance_late else balance)
             weight = (weight / weight.square().mean(-1, keepdim=True).sqrt()).clamp(0.1, 10.0)
         seen = (rest.float() * weight).to(rest.dtype).contiguous()
         before = memory.get(f"centroids {stage}") if self.warm and memory is not None else None
@@ -221,9 +210,9 @@ class Candidate:
     def _round(self, blocks: Tensor, scale: Tensor) -> Tensor:
         """`blocks` on the grid with the given scales ``[..., 1]``."""
         if self.levels == "2+2":
-            return _nearest(blocks, scale / 4, LEVELS["16"])
+            return nearest(blocks, scale / 4, LEVELS["16"])
         levels = LEVELS["3113" if self.levels == "2+2 dropped" else self.levels]
-        return _nearest(blocks, scale, levels)
+        return nearest(blocks, scale, levels)
 
     def _scale(self, blocks: Tensor) -> Tensor:
         grid = LEVELS["3113" if self.levels.startswith("2+2") else self.levels]
@@ -234,17 +223,17 @@ class Candidate:
             bytes_, _ = _blocks.quantise_blocks(blocks.contiguous(), codec)
             return table[bytes_.int()][..., None]
         absmax = blocks.abs().amax(-1, keepdim=True)
-        best = _fp8(absmax / grid[-1])
+        best = fp8(absmax / grid[-1])
         if self.rule in {"search", "energy"}:
             start, error = best, torch.full_like(best, torch.inf)
             for step in range(_blocks.SEARCH_STEPS):
-                tried = _fp8(start * 2.0 ** (-step / 8))
-                now = (blocks - _nearest(blocks, tried, grid)).square().sum(-1, keepdim=True)
+                tried = fp8(start * 2.0 ** (-step / 8))
+                now = (blocks - nearest(blocks, tried, grid)).square().sum(-1, keepdim=True)
                 best, error = torch.where(now < error, tried, best), torch.minimum(now, error)
         if self.rule == "energy":
-            level = _nearest(blocks, best, grid)
+            level = nearest(blocks, best, grid)
             energy = level.square().sum(-1, keepdim=True).clamp_min(1e-20)
-            best = _fp8(best * (blocks.square().sum(-1, keepdim=True) / energy).sqrt())
+            best = fp8(best * (blocks.square().sum(-1, keepdim=True) / energy).sqrt())
         return best
 
     def _shaped(self, residual: Tensor, balance: Tensor, moment: Tensor | None) -> Tensor:
@@ -270,46 +259,7 @@ class Candidate:
 
     def _compensation(self, error: Tensor, moment: Tensor | None) -> Tensor:
         assert moment is not None
-        basis = _leading(moment, self.compensate).bfloat16().float()
+        basis = leading(moment, self.compensate).bfloat16().float()
         part = error @ basis
         scale = part.abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
         return ((part / scale).round_() * scale) @ basis.transpose(1, 2)
-
-
-def _pair_size(moment: Tensor) -> Tensor:
-    """Root mean square of the queries in each RoPE pair, up to a factor, ``[heads, 1, dim]``."""
-    energy = moment.diagonal(dim1=1, dim2=2)[:, None]
-    return energy.unflatten(-1, (-1, 2)).mean(-1).repeat_interleave(2, -1).clamp_min(1e-12).sqrt()
-
-
-def _leading(square: Tensor, rank: int) -> Tensor:
-    """Leading `rank` eigenvectors of symmetric ``[heads, dim, dim]`` matrices, by subspace iteration."""
-    generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(square.shape[-1], rank, generator=generator, dtype=torch.float64).to(square.device)
-    square = square.double() / square.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None].clamp_min(1e-20)
-    square = square + 1e-6 * torch.eye(square.shape[-1], device=square.device)
-    for _ in range(12):
-        vectors = square @ vectors
-        vectors = vectors / vectors.square().sum(1, keepdim=True).sqrt()
-        gram = vectors.transpose(1, 2) @ vectors + 1e-9 * torch.eye(rank, device=square.device)
-        lower = torch.linalg.cholesky(gram)
-        vectors = torch.linalg.solve_triangular(lower, vectors.transpose(1, 2), upper=False).transpose(1, 2)
-    return vectors.float()
-
-
-def _fp8(x: Tensor) -> Tensor:
-    return x.clamp(max=_blocks.FP8_MAX).to(torch.float8_e4m3fn).float()
-
-
-def _nearest(x: Tensor, scale: Tensor, levels: tuple[float, ...]) -> Tensor:
-    """The nearest of ``scale * levels``."""
-    values, middle = _table(levels, str(x.device))
-    place = torch.bucketize(x / scale.clamp_min(1e-20), middle)
-    return values[place] * scale
-
-
-@cache
-def _table(levels: tuple[float, ...], device: str) -> tuple[Tensor, Tensor]:
-    """Levels, and the thresholds between them."""
-    values = torch.tensor(levels, device=device)
-    return values, (values[1:] + values[:-1]) / 2

@@ -22,7 +22,8 @@ from quality.judge import judge
 from quality.loop import Cache, CodedHistory, generate
 from quality.outliers import with_contrast
 from quality.paths import Paths, revisit_paths
-from quality.rows import REAL_GEOMETRIES, Row, rows_named
+from quality.row import REAL_GEOMETRIES, Row
+from quality.rows import rows_named
 
 __all__ = ["VARIANTS", "Found", "FrontierOptions", "run", "run_all"]
 

@@ -18,6 +18,7 @@ from world_model.model import WorldModel, rotate
 from world_model.sampling import noise_levels
 
 from quality.codecs import DenseSpan, Memory, SpanCodec
+from quality.correction import error_columns
 from quality.paths import Paths
 
 __all__ = ["Cache", "CodedHistory", "decoded", "generate", "prefill"]
@@ -183,20 +184,12 @@ class CodedHistory:
 
     def _mark(self, row: int, span: int, some: slice, error: Tensor) -> None:
         """Columns of keys with the squared error of each half of the channels, weighted as the span's errors are."""
-        mine, error = slice(row * self.paths, (row + 1) * self.paths), error.unflatten(-1, (2, -1))
-        spread = error.square().unflatten(-1, (-1, 2)).mean((2, -1))  # of each RoPE pair of this span
         assert self.moments is not None
-        size = self.moments[:, mine].diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, -1, 2)).mean(-1)
-        # [layers, paths, heads, 2, pairs]: pairs where little happens get no say
-        chosen = (spread * size).topk(min(self.caches[row].correction_pairs, spread.shape[-1]), -1).indices
-        share = torch.zeros_like(spread).scatter_(-1, chosen, 1.0)
-        share, spread = (t.repeat_interleave(2, -1)[:, :, None] for t in (share, spread))
-        weight = share * spread / (share * spread).sum(-1, keepdim=True) * share.sum(-1, keepdim=True)
-        scaled = error.square() / weight.clamp_min(1e-6) * share
-        energy = scaled.sum(-1) / share.sum(-1)  # [layers, paths, tokens, heads, 2]
+        mine = slice(row * self.paths, (row + 1) * self.paths)
+        size = self.moments[:, mine].diagonal(dim1=-2, dim2=-1)
+        energy, weight = error_columns(error, size, self.caches[row].correction_pairs)
         slot = 2 * (span % (self.extra // 2))
-        columns = slice(self.dim + slot, self.dim + slot + 2)
-        self.rotated[:, mine, some, :, columns] = -energy.to(self.dtype)
+        self.rotated[:, mine, some, :, self.dim + slot : self.dim + slot + 2] = -energy.to(self.dtype)
         self.weights[row, slot] = weight
 
     def _corrected(self, layer: int, q: Tensor) -> Tensor:
