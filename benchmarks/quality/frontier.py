@@ -49,7 +49,7 @@ class FrontierOptions:
         first: run rows on so many of the paths only; None for all.
         rows_at_once: rows in one batch.
         jobs: processes.
-        seconds: no batch is begun after so long.
+        seconds: no batch is begun after so long; its rows are not in the results.
     """
 
     weights: tuple[Path, ...]
@@ -87,6 +87,7 @@ class _Task:
     deadline: float
 
 
+OUT_OF_TIME = "out of time"
 BASES_KEPT = 3
 _bases: dict[tuple[Path, str, int], _Base] = {}
 
@@ -120,7 +121,7 @@ def _base(options: FrontierOptions, weights: Path, variant: str) -> _Base:
 def _run_task(task: _Task) -> list[dict[str, Any]]:
     """Scores of the rows of one batch; of a batch that fails, of each row alone; those that fail then say why."""
     if time.time() > task.deadline:
-        return [{"name": name, "skipped": "out of time"} for name in task.rows]
+        return [{"name": name, "skipped": OUT_OF_TIME} for name in task.rows]
     torch.set_num_threads(1 if task.options.jobs > 1 else torch.get_num_threads())
     try:
         return _run_rows(task)
@@ -209,7 +210,7 @@ def run_all(
     tasks = [task for options in plan for task in _tasks(options)]
     for task, scores in _work(tasks, plan[0].jobs):
         mine = found.setdefault(task.weights.stem, {}).setdefault(task.variant, [])
-        mine.extend(scores)
+        mine.extend(row for row in scores if row.get("skipped") != OUT_OF_TIME)
         for row in scores:
             progress(_line(task, row))
         save(_ordered(found))
