@@ -47,9 +47,13 @@ def _scores(queries, key_ptr, tile, num_keys, D: tl.constexpr, N: tl.constexpr, 
 
 
 @triton.jit
-def _accumulate(acc, weights, value_ptr, tile, M: tl.constexpr, N: tl.constexpr):
-    values = tl.load(value_ptr + tile * N)  # [D, N]; zero beyond the last position
-    return tl.dot(_swapped(weights.to(values.dtype), M, N), tl.trans(values), acc, input_precision="ieee")
+def _weighted(weights, value_ptr, tile, num_keys, M: tl.constexpr, N: tl.constexpr, LAST: tl.constexpr):
+    """Sum ``[M, D]`` over a tile of values, apart from the sum of all tiles: Hopper adds FP8 products to 13 bits."""
+    if LAST:  # what lies beyond the last position may be no number, which a weight of zero does not help
+        values = tl.load(value_ptr + tile * N, mask=(tile * N + tl.arange(0, N) < num_keys)[None, :], other=0.0)
+    else:
+        values = tl.load(value_ptr + tile * N)  # [D, N]
+    return tl.dot(_swapped(weights.to(values.dtype), M, N), tl.trans(values), input_precision="ieee")
 
 
 @triton.jit
@@ -63,7 +67,7 @@ def _tile(
     keep = tl.exp2(top - raised)
     weights = tl.exp2(scores * unit[:, None] - raised[:, None])
     total = total * keep + tl.sum(weights, 1)
-    acc = _accumulate(acc * keep[:, None], weights, value_ptr, tile, M, N)
+    acc = acc * keep[:, None] + _weighted(weights, value_ptr, tile, num_keys, M, N, LAST)
     return acc, total, raised
 
 
@@ -152,9 +156,10 @@ def attend(
 ) -> None:
     """Launch; arguments as in `qvg_paged.kernels.fp8_attention.attend`."""
     problems, rows, dim = queries.shape
+    registers = {} if shape.registers is None else {"maxnreg": shape.registers}
     launch(
         _attention_kernel, (triton.cdiv(rows, shape.rows), len(out), problems),
         out, lse, queries, query_scales, keys, values, bounds, scale * LOG2_E, rows, num_keys, keys.shape[1], len(out),
         heads, out.shape[2] // heads, HEAD_DIM=dim, M=shape.rows, N=shape.keys,
-        num_warps=shape.num_warps, num_stages=shape.num_stages,
+        num_warps=shape.num_warps, num_stages=shape.num_stages, **registers,
     )  # fmt: skip

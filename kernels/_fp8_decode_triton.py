@@ -22,7 +22,7 @@ ROOM = tl.constexpr(224.0)
 """The bound in stored units: half of E4M3's range, because turning a pair may enlarge a channel."""
 UNIT = tl.constexpr(GRANULE)
 TILE = tl.constexpr(TILE_TOKENS)
-ANYWHERE = ["pages", "codebooks", "first_token", "pages_each", "tokens", "num_keys", "count"]
+ANYWHERE = ["pages", "codebooks", "first_token", "pages_each", "tokens"]
 """Whatever changes with the length of a history must not decide what is compiled."""
 
 
@@ -94,7 +94,7 @@ def _clear_kernel(bounds, count, N: tl.constexpr):
 
 @triton.jit(do_not_specialize=ANYWHERE)
 def _bound_kernel(
-    bounds, values, buffer, pages, codebooks, tokens, heads, pages_each, num_keys, pitch, key_part, value_part,
+    bounds, buffer, pages, codebooks, tokens, heads, pages_each, key_part, value_part,
     KEY: tl.constexpr, VALUE: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     index, head = tl.program_id(0), tl.program_id(1)
@@ -105,12 +105,6 @@ def _bound_kernel(
         _bound_part(buffer, page, book, fresh, bounds + problem * 4, head, tokens, heads, key_part, KEY, D, N)
     else:
         _bound_part(buffer, page, book, fresh, bounds + problem * 4 + 2, head, tokens, heads, value_part, VALUE, D, N)
-    if (index % pages_each == 0) & (tl.program_id(2) == 1):
-        # What lies beyond the last position is multiplied by zero and must be a number.
-        for first in range(num_keys // 16 * 16, pitch, 16):
-            rest = first + tl.arange(0, 16)
-            at = (problem * D + tl.arange(0, D)[:, None]) * pitch + rest[None, :]
-            tl.store(values + at, tl.zeros([D, 16], values.dtype.element_ty), mask=(rest >= num_keys)[None, :])
 
 
 @triton.jit
@@ -271,15 +265,13 @@ def bound_pages(
     layout: PageLayout,
     layer: int,
     bounds: torch.Tensor,
-    values: torch.Tensor,
-    num_keys: int,
 ) -> None:
-    """Launch; arguments as in `qvg_paged.kernels.fp8_attention.bound_pages`."""
+    """Launch; arguments as in `qvg_paged.kernels.reference_fp8.bound_pages`."""
     key, value = layout.key, layout.value
     launch(
         _bound_kernel, (len(pages), key.heads, 2),
-        bounds, values, buffer, pages, codebooks, key.tokens, key.heads, len(pages) * key.heads // len(bounds),
-        num_keys, values.shape[2], part_bytes(key, layout.key_offset(layer), layout.key_codebook_offset(layer)),
+        bounds, buffer, pages, codebooks, key.tokens, key.heads, len(pages) * key.heads // len(bounds),
+        part_bytes(key, layout.key_offset(layer), layout.key_codebook_offset(layer)),
         part_bytes(value, layout.value_offset(layer), layout.value_codebook_offset(layer)),
         KEY=part_code(key), VALUE=part_code(value), D=key.head_dim, N=16384, num_warps=8,
     )  # fmt: skip
@@ -298,7 +290,7 @@ def decode_part(
     rope: RoPETables | None,
     rope_layout: RoPELayout,
 ) -> None:
-    """Launch; arguments as in `qvg_paged.kernels.fp8_attention.decode_part`."""
+    """Launch; arguments as in `qvg_paged.kernels.reference_fp8.decode_part`."""
     dim, heads = layout.head_dim, layout.heads
     code = part_code(layout)
     part = part_bytes(layout, *offsets)

@@ -28,47 +28,59 @@ __all__ = [
     "scratch_nbytes",
 ]
 
-PROGRAMS = 2
-"""Programs of the attention kernel that a multiprocessor holds."""
-LEAST_KEYS = 8192
-"""Shorter shares cost more in partial results than they gain."""
-MOST_KEYS = 16384
-"""The error grows with the keys of a share, as if FP8 products were added to sums of 13 bits; 2 % here."""
+MOST_SPLITS = 4
+SPLIT_KEYS = 512
+"""What a program costs beside its keys, in keys: its start and end, its partial result written and merged."""
+MOST_BITS = 2
+"""Codes of more bits are about as fine as E4M3, which would waste them."""
 KEY_ALIGNMENT = 128
 """Keys of a scratch are padded to whole tiles."""
 
 
 class Fp8Shape(NamedTuple):
-    """How the attention kernel is compiled: query rows and keys of a tile, warps, stages."""
+    """How the attention kernel is compiled.
+
+    Attributes:
+        rows, keys: query rows and keys of a tile.
+        num_warps, num_stages: of Triton.
+        programs: how many a multiprocessor holds.
+        registers: most of a thread, or None for as many as the compiler likes.
+    """
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
+    programs: int = 2
+    registers: int | None = None
 
 
 def reads(layout: PageLayout) -> bool:
-    """Whether pages of `layout` can be decoded to a scratch: K and V are quantised, with codes of as many bits.
+    """Whether pages of `layout` are attended to in FP8: K and V are quantised, to two bits a number at most.
 
-    The tokens of a byte become neighbours, and keys have to come in the order of their values.
+    The tokens of a byte become neighbours, so keys and values need codes of as many bits.
     """
     key, value = layout.key.codec, layout.value.codec
-    return not (key.is_dense or value.is_dense) and key.grid.bits == value.grid.bits
+    return not (key.is_dense or value.is_dense) and key.grid.bits == value.grid.bits <= MOST_BITS
 
 
 def launch_shape(head_dim: int) -> Fp8Shape:
-    """The tile that was fastest on an H200; larger heads leave registers for half the keys."""
-    return Fp8Shape(64, 128 if head_dim <= 128 else 64, 4, 3)
+    """What was fastest on an H200; three programs of small heads fit, large heads take two warpgroups' registers."""
+    if head_dim <= 64:
+        return Fp8Shape(64, 128, 4, 3, programs=3, registers=168)
+    return Fp8Shape(64, 128, 4, 3) if head_dim <= 128 else Fp8Shape(64, 64, 8, 3, programs=1)
 
 
 def num_splits(problems: int, rows: int, num_keys: int, shape: Fp8Shape, device: torch.device) -> int:
-    """Shares of the keys: enough to fill the machine four times over, and each short enough to be summed well."""
-    programs = -(-rows // shape.rows) * problems
-    slots = PROGRAMS
+    """Shares of the keys with which the machine is done first: whole waves of programs, each with its own costs."""
+    programs, slots = -(-rows // shape.rows) * problems, shape.programs
     if device.type == "cuda":
         slots *= torch.cuda.get_device_properties(device).multi_processor_count
-    filled = min(-(-4 * slots // programs), num_keys // LEAST_KEYS)
-    return max(1, filled, -(-num_keys // MOST_KEYS))
+
+    def cost(splits: int) -> float:
+        return -(-programs * splits // slots) * (num_keys / splits + SPLIT_KEYS)
+
+    return min(range(1, min(MOST_SPLITS, max(1, num_keys // shape.keys)) + 1), key=cost)
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class Fp8Scratch:
 
     Attributes:
         keys: ``[problems, pitch, head_dim]``, row ``reference_fp8.key_rows(pitch)[i]`` holding the key of position i.
-        values: ``[problems, head_dim, pitch]``, in order of position; zero beyond the last one.
+        values: ``[problems, head_dim, pitch]``, in order of position; anything beyond the last one.
         bounds: ``[problems, 4]`` float32, largest residual and largest sum of centroids of keys, then of values; stored
             numbers are values times 224 over the sum of both.
         num_keys: keys of each problem.
@@ -145,9 +157,7 @@ def decode_runs(
     decoder, _ = _launchers(backend, buffer.device)
     decoder.clear_bounds(scratch.bounds)
     for run in runs:
-        decoder.bound_pages(
-            buffer, run.pages, run.codebooks, layouts[run.fmt], layer, scratch.bounds, scratch.values, scratch.num_keys
-        )
+        decoder.bound_pages(buffer, run.pages, run.codebooks, layouts[run.fmt], layer, scratch.bounds)
     first = 0
     for run in runs:
         layout = layouts[run.fmt]

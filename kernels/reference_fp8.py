@@ -52,10 +52,8 @@ def bound_pages(
     layout: PageLayout,
     layer: int,
     bounds: torch.Tensor,
-    values: torch.Tensor,
-    num_keys: int,
 ) -> None:
-    """Raise `bounds` to what `pages` hold and zero what lies beyond the last position of `values`."""
+    """Raise `bounds` ``[problems, 4]`` to what `pages` hold: residual and centroids of keys, then of values."""
     parts = (
         (layout.key, layout.key_offset(layer), layout.key_codebook_offset(layer)),
         (layout.value, layout.value_offset(layer), layout.value_codebook_offset(layer)),
@@ -76,7 +74,6 @@ def bound_pages(
             if bound is not None:
                 most = bound.view(len(bounds) // heads, -1, heads).amax(1).flatten()
                 bounds[:, 2 * i + j] = torch.maximum(bounds[:, 2 * i + j], most)
-    values[:, :, num_keys:] = 0
 
 
 def decode_part(

@@ -62,7 +62,8 @@ class Room:
         pages: decoded to the queries' dtype, at least 1.
         fp8_pages: decoded to FP8, at least 1 if there are formats for it.
         fp8_formats: formats that go to FP8 slices of their own, before the others.
-        lead: the first slice holds at most a quarter of a sequence's pages, because nothing hides its decoding.
+        lead: the first slice holds at most a quarter of a sequence's pages, because nothing hides its decoding; not in
+            FP8, where a slice more costs more than that hides.
         last: formats that come last; where there is no lead, the first slice has none of them, so that it can be
             decoded before they are written.
     """
@@ -161,7 +162,7 @@ def _kind(table: BlockTable, member: int, room: Room, fp8: bool) -> dict[int, in
 def _sizes(room: Room, total: int, late: int, fp8: bool) -> list[int]:
     """Pages of each slice of a sequence, as even as can be after the first; the last `late` pages come last."""
     most, first = room.of(fp8), 0
-    if room.lead:
+    if room.lead and not fp8:
         first = min(most, total // 4) if total >= LEAD_PAGES else 0
     elif late and total <= most:
         first = total - late

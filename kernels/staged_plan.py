@@ -101,7 +101,6 @@ def _halved_room(
     half = max(0, nbytes - running_nbytes(q) - slots * slot) // 2 // GRANULE * GRANULE
     padding = fp8_attention.scratch_nbytes(sequences * part.heads, 1, part.head_dim, staged_decode.FP8_DTYPE)
     fp8_pages = max(0, half - padding) // decoded_page_nbytes(part, staged_decode.FP8_DTYPE) if formats else 0
-    fp8_pages = min(fp8_pages, max(1, sequences * slots * fp8_attention.MOST_KEYS // part.tokens))
     if half < decoded_page_nbytes(part, q.dtype) or (formats and not fp8_pages):
         return None, half
     dense = frozenset(f for f in table.groups if layouts[f].format.is_dense)

@@ -4,6 +4,7 @@ Exit status 77: there is no compiler here. Run by the tests in a process without
 """
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -26,7 +27,7 @@ ALIGNED = [["tt.divisibility", 16]]
 
 
 def compile_kernel(
-    name: str, kernel: Any, constants: dict[str, Any], types: dict[str, Any], warps: int, stages: int
+    name: str, kernel: Any, constants: dict[str, Any], types: dict[str, Any], **options: int
 ) -> Any:
     import triton  # noqa: PLC0415
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
@@ -41,16 +42,22 @@ def compile_kernel(
     source = ASTSource(
         kernel, signature=signature, constexprs={(places[k],): v for k, v in constants.items()}, attrs=attributes
     )
-    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
-    return {"kernel": name, "shared": done.metadata.shared, "fp8_products": "wgmma" in done.asm["ptx"]}
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = done.asm["ptx"]
+    sums, fresh = ptx.count("wgmma.commit_group"), len(re.findall(r"wgmma\.mma_async.*, 0, 1, 1;", ptx))
+    return {"kernel": name, "shared": done.metadata.shared, "fp8_products": "wgmma" in ptx, "from_zero": fresh >= sums}
 
 
 def attention(head_dim: int) -> Any:
-    rows, keys, warps, stages = launch_shape(head_dim)
-    constants = {"HEAD_DIM": head_dim, "M": rows, "N": keys, "group": 1}
+    shape = launch_shape(head_dim)
+    constants = {"HEAD_DIM": head_dim, "M": shape.rows, "N": shape.keys, "group": 1}
     types = {"out": "*bf16", "scale_log2": "fp32"}
     kernel = _fp8_attention_triton._attention_kernel
-    return compile_kernel(f"attention {head_dim}", kernel, constants, types, warps, stages)
+    registers = {} if shape.registers is None else {"maxnreg": shape.registers}
+    return compile_kernel(
+        f"attention {head_dim}", kernel, constants, types, num_warps=shape.num_warps, num_stages=shape.num_stages,
+        **registers,
+    )  # fmt: skip
 
 
 def decode(name: str, transposed: bool, rotates: bool) -> Any:
@@ -66,7 +73,7 @@ def decode(name: str, transposed: bool, rotates: bool) -> Any:
     if not rotates:
         constants |= dict.fromkeys(("cos_frame", "sin_frame", "cos_space", "sin_space"))
     types = {"part": PART} if transposed else {"part": PART, "words": "*fp8e4nv"}
-    return compile_kernel(f"decode {name}", _fp8_decode_triton._decode_kernel, constants, types, warps, 3)
+    return compile_kernel(f"decode {name}", _fp8_decode_triton._decode_kernel, constants, types, num_warps=warps)
 
 
 def main() -> None:
@@ -77,7 +84,8 @@ def main() -> None:
     except Exception as error:
         print(f"no compiler for sm_90: {error}")  # noqa: T201
         sys.exit(77)
-    rows = [attention(128), attention(256), decode("qvg4-int2", False, True), decode("qvg4-int2", True, False)]
+    rows = [attention(head_dim) for head_dim in (64, 128, 256)]
+    rows += [decode("qvg4-int2", False, True), decode("qvg4-int2", True, False)]
     print(json.dumps(rows))  # noqa: T201
 
 
