@@ -256,39 +256,6 @@ def case(
     return row
 
 
-def candidates(heads: int, queries: int) -> dict[str, Any]:
-    """The candidates of `direct_candidates`, beside the direct path and dense attention."""
-    from direct_candidates import wgmma  # noqa: PLC0415
-
-    layers = layers_for([18], heads, 128, 1560)
-    pool = Pages([18], heads=heads, head_dim=128, tokens=1560, layers=layers, fmt="qvg4-int2")
-    q = torch.randn(queries, heads, 128, dtype=torch.bfloat16, device=DEVICE)
-    processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    row: dict[str, Any] = {"name": "candidates", "heads": heads, "queries": queries, "keys": 18 * 1560}
-    flops = 4.0 * heads * queries * 18 * 1560 * 128
-
-    def one(layer: int, rows: int, tokens: int) -> torch.Tensor:
-        return wgmma.attend(
-            q, pool.buffer, pool.table, pool.layout, layer, (0, queries), rows=rows, tokens=tokens,
-            softmax_scale=128**-0.5, processors=processors,
-        )[0]  # fmt: skip
-
-    reference = pool.attend(0, q, [0, queries])
-    if queries <= 512:
-        row |= check(pool, q, [0, queries], sequences=[0])
-    for rows, tokens in ((64, 32), (128, 32), (128, 64)):
-        name = f"wgmma, {rows} rows, {tokens} tokens"
-        try:
-            difference = (one(0, rows, tokens) - reference).float().norm() / reference.float().norm()
-            made = timed(lambda rows=rows, tokens=tokens: [one(i, rows, tokens) for i in range(layers)], layers)  # type: ignore[misc]
-            row[name] = {**made, "tflops": flops / made["ms"] / 1e9, "difference": difference.item()}
-        except Exception as error:
-            row[name] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
-    row["direct"] = timed(lambda: [pool.attend(layer, q, [0, queries]) for layer in range(layers)], layers)
-    row["dense"] = dense_rows(q.transpose(0, 1)[None].contiguous(), fresh_keys(1, heads, 18 * 1560, 128), cudnn=True)
-    return row
-
-
 def ragged(histories: list[int], queries: int, heads: int) -> dict[str, Any]:
     """Streams of different histories in one call, against a call for each."""
     layers = layers_for(histories, heads, 128, 1560)
@@ -340,11 +307,9 @@ def rows_of(section: str) -> list[Callable[[], dict[str, Any]]]:
         ]  # fmt: skip
     if section == "chunk":
         return [
-            lambda h=h: case("chunk", batch=1, q_heads=h, heads=h, queries=4680, pages=18, cudnn=True)
-            for h in (12, 40)  # type: ignore[misc]
-        ]
-    if section == "candidates":
-        return [lambda h=h, n=n: candidates(h, n) for h in (12, 40) for n in (64, 200, 4680)]  # type: ignore[misc]
+            lambda h=h, n=n, p=p: case("chunk", batch=1, q_heads=h, heads=h, queries=n, pages=p, cudnn=True)  # type: ignore[misc]
+            for h in (12, 40) for n in (200, 4680) for p in (18, 53)
+        ]  # fmt: skip
     if section == "shapes":
         return [
             lambda: case("head_dim 64", batch=8, q_heads=32, heads=32, queries=1, pages=21, dim=64),
@@ -359,7 +324,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("runs/direct_reads.json"))
-    parser.add_argument("--only", action="append", choices=["decode", "few", "chunk", "ragged", "shapes", "candidates"])
+    parser.add_argument("--only", action="append", choices=["decode", "few", "chunk", "ragged", "shapes"])
     arguments = parser.parse_args()
     results = []
     for section in arguments.only or ["decode", "few", "ragged", "chunk", "shapes"]:

@@ -1,12 +1,13 @@
 """The direct path around its kernel: how many splits, which sequences at once, where partial results go."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from qvg_paged.kernels import few_queries, many_queries
 from qvg_paged.kernels.attention_plan import query_blocks, rope_tables
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.errors import ArgumentError
@@ -14,9 +15,7 @@ from qvg_paged.kernels.few_queries import (
     FEW_ROWS,
     WARPS_PER_MULTIPROCESSOR,
     Shares,
-    block_rows,
     few_queries_attention,
-    give_up,
     has_gluon,
     page_groups,
     reads_few_queries,
@@ -24,6 +23,13 @@ from qvg_paged.kernels.few_queries import (
     tables_nbytes,
 )
 from qvg_paged.kernels.layout import GRANULE, PageLayout, align
+from qvg_paged.kernels.many_queries import (
+    FEWEST_ROWS,
+    has_wgmma,
+    many_queries_attention,
+    many_shares,
+    reads_many_queries,
+)
 from qvg_paged.kernels.merge import merge_partials
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec
 
@@ -61,7 +67,7 @@ def direct_path(
             try:
                 _direct_sequences(*given, out[rows], lse[rows])
             except _NoGluon as error:
-                give_up(q.device, error.reason)
+                error.give_up(q.device, error.reason)
                 _direct_sequences(*given, out[rows], lse[rows])
     return out, lse
 
@@ -111,14 +117,17 @@ def _direct_sequences(
     group_size = q.shape[1] // heads
     longest = max(cu_queries[b + 1] - cu_queries[b] for b in sequences) * group_size
     per_partial = partial_nbytes(lse.numel(), q.shape[2])
-    few = {} if rope is not None else _few_queries(q, table, layouts, cu_queries, sequences, group_size, longest)
-    slots, tables = sum(c.work.slots for c in few.values()), sum(c.nbytes for c in few.values())
-    least = (slots + len(table.groups) - len(few)) * per_partial + align(tables, GRANULE)
+    cuts: dict[int, _Cut] = {}
+    if rope is None:
+        most = None if workspace is None else workspace.numel() // per_partial // max(1, len(table.groups))
+        cuts = _cuts(q, table, layouts, cu_queries, sequences, group_size, longest, most)
+    slots, tables = sum(c.work.slots for c in cuts.values()), sum(c.nbytes for c in cuts.values())
+    least = (slots + len(table.groups) - len(cuts)) * per_partial + align(tables, GRANULE)
     if workspace is not None and least > workspace.numel():
-        few, slots, tables = {}, 0, 0
+        cuts, slots, tables = {}, 0, 0
     launches, splits = [], []
     for fmt in table.groups:
-        if fmt in few:
+        if fmt in cuts:
             continue
         shape = launch_shape(layouts[fmt], q.dtype, longest, rope is not None)
         blocks = query_blocks(table, cu_queries, sequences, group_size, shape.rows)
@@ -136,14 +145,18 @@ def _direct_sequences(
     tail = workspace[align(size, GRANULE) :][: total * lse.numel() * 4]
     partial_lse = tail.view(torch.float32).view(total, *lse.shape)
     done = tables_at = 0
-    for fmt, plan in few.items():
-        some = slice(done, done + plan.work.slots)
-        with _compiling():
-            few_queries_attention(
-                partials[some], partial_lse[some], q, buffer, layouts[fmt], layer, table.groups[fmt].pages, plan.work,
-                scratch[tables_at : tables_at + plan.nbytes], softmax_scale=scale, rows=block_rows(longest),
-            )  # fmt: skip
-        done, tables_at = some.stop, tables_at + plan.nbytes
+    for fmt, cut in cuts.items():
+        some = slice(done, done + cut.work.slots)
+        given = (partials[some], partial_lse[some], q, buffer, layouts[fmt], layer, table.groups[fmt].pages, cut.work)
+        if cut.many:
+            with _compiling(many_queries.give_up):
+                many_queries_attention(*given, softmax_scale=scale, rows=cut.rows)
+        else:
+            with _compiling(few_queries.give_up):
+                few_queries_attention(
+                    *given, scratch[tables_at : tables_at + cut.nbytes], softmax_scale=scale, rows=cut.rows
+                )
+        done, tables_at = some.stop, tables_at + cut.nbytes
     for (fmt, shape, blocks), count in zip(launches, splits, strict=True):
         direct_attention(
             partials, partial_lse, q, buffer, layouts[fmt], layer, table.groups[fmt], blocks,
@@ -156,15 +169,15 @@ def _direct_sequences(
 
 
 class _NoGluon(Exception):  # noqa: N818 - never seen outside
-    """The kernel for few queries did not compile."""
+    """A kernel written in Gluon did not compile."""
 
-    def __init__(self, reason: Exception) -> None:
+    def __init__(self, reason: Exception, give_up: Callable[[torch.device, Exception], None]) -> None:
         super().__init__()
-        self.reason = reason
+        self.reason, self.give_up = reason, give_up
 
 
 @contextmanager
-def _compiling() -> Iterator[None]:
+def _compiling(give_up: Callable[[torch.device, Exception], None]) -> Iterator[None]:
     """Tell what a compiler raises from what a device does."""
     from triton.errors import TritonError  # noqa: PLC0415 - triton is only loaded where it is used
 
@@ -173,18 +186,27 @@ def _compiling() -> Iterator[None]:
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except (TritonError, RuntimeError, AttributeError, TypeError) as error:
-        raise _NoGluon(error) from error
+        raise _NoGluon(error, give_up) from error
 
 
 @dataclass(frozen=True)
-class _FewQueries:
-    """How one format's pages are read by the kernel for few queries: its shares, and bytes of their tables."""
+class _Cut:
+    """How one format's pages are read by a Gluon kernel.
+
+    Attributes:
+        work: its shares.
+        nbytes: bytes of tables that it needs.
+        rows: query rows of a block.
+        many: it is the kernel for many queries.
+    """
 
     work: Shares
     nbytes: int
+    rows: int
+    many: bool
 
 
-def _few_queries(
+def _cuts(
     q: torch.Tensor,
     table: BlockTable,
     layouts: Sequence[PageLayout],
@@ -192,20 +214,28 @@ def _few_queries(
     sequences: range,
     group: int,
     longest: int,
-) -> dict[int, _FewQueries]:
-    made: dict[int, _FewQueries] = {}
-    if longest > FEW_ROWS or not has_gluon(q.device):
-        return made
-    programs = WARPS_PER_MULTIPROCESSOR
+    most_slots: int | None,
+) -> dict[int, _Cut]:
+    """Formats that a Gluon kernel reads for sequences of at most `longest` query rows."""
+    made: dict[int, _Cut] = {}
+    processors = 1
     if q.device.type == "cuda":
-        programs *= torch.cuda.get_device_properties(q.device).multi_processor_count
-    rows = block_rows(longest)
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     for fmt in table.groups:
-        if reads_few_queries(layouts[fmt], q.dtype):
-            per_page = page_groups(layouts[fmt].key.tokens)
-            work = shares(table, fmt, layouts[fmt], cu_queries, sequences, group, rows, programs, per_page)
-            if work.slots:
-                made[fmt] = _FewQueries(work, tables_nbytes(layouts[fmt], work, rows))
+        layout = layouts[fmt]
+        if longest >= FEWEST_ROWS and has_wgmma(q.device) and reads_many_queries(layout, q.dtype):
+            rows = many_queries.block_rows(longest)
+            work = many_shares(table, fmt, layout, cu_queries, sequences, group, rows, processors, most_slots)
+            cut = _Cut(work, 0, rows, many=True)
+        elif longest <= FEW_ROWS and has_gluon(q.device) and reads_few_queries(layout, q.dtype):
+            rows = few_queries.block_rows(longest)
+            programs, per_page = processors * WARPS_PER_MULTIPROCESSOR, page_groups(layout.key.tokens)
+            work = shares(table, fmt, layout, cu_queries, sequences, group, rows, programs, per_page)
+            cut = _Cut(work, tables_nbytes(layout, work, rows), rows, many=False)
+        else:
+            continue
+        if cut.work.slots:
+            made[fmt] = cut
     return made
 
 

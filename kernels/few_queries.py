@@ -7,7 +7,7 @@ for one block of query rows, and every share of a launch is about as long as the
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -117,7 +117,7 @@ def page_groups(tokens: int) -> int:
 
 def shares(
     table: BlockTable, fmt: int, layout: PageLayout, cu_queries: tuple[int, ...], sequences: range, group: int,
-    rows: int, programs: int, per_page: int,
+    rows: int, programs: int, per_page: int, length: Callable[[list[int], int], int] | None = None,
 ) -> Shares:  # fmt: skip
     """Cut the keys of `sequences` in format `fmt` into shares for about `programs` programs.
 
@@ -131,6 +131,7 @@ def shares(
         rows: rows of a block of queries.
         programs: programs that run at the same time.
         per_page: groups of tokens in a page, the unit in which keys are cut.
+        length: groups of the longest share, from those of all runs and `programs`; this kernel's own if None.
     """
 
     def build() -> Shares:
@@ -138,7 +139,7 @@ def shares(
         blocks = {b: math.ceil((cu_queries[b + 1] - cu_queries[b]) * group / rows) for b in sequences}
         runs = {b: list(_runs(table, fmt, b)) for b in sequences}
         lengths = [count * per_page for b in sequences for _, _, count in runs[b] for _ in range(blocks[b] * heads)]
-        longest = _share_length(lengths, programs)
+        longest = (length or _share_length)(lengths, programs)
         items: list[tuple[int, ...]] = []
         tables: list[tuple[int, ...]] = []
         slots = []
@@ -163,7 +164,7 @@ def shares(
 
         return Shares(upload(items), upload(tables), max(slots, default=0), len(set(slots)) > 1)
 
-    return remembered(table, ("shares", fmt, cu_queries, sequences, group, rows, programs, per_page), build)
+    return remembered(table, ("shares", fmt, cu_queries, sequences, group, rows, programs, per_page, length), build)
 
 
 def _share_length(lengths: list[int], programs: int) -> int:

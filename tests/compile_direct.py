@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qvg_paged.kernels import direct_attention
+from qvg_paged.kernels import direct_attention, many_queries
 from qvg_paged.kernels._page_tiles import PartBytes, part_code
 from qvg_paged.kernels.formats import FORMATS
 from qvg_paged.kernels.layout import PageLayout
@@ -83,6 +83,38 @@ def compile_few_queries(head_dim: int, rows: int) -> dict[str, Any]:
     return {"head_dim": head_dim, "rows": rows, "shared": done.metadata.shared}
 
 
+def compile_many_queries(blocks: int) -> dict[str, Any]:
+    import triton  # noqa: PLC0415
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+    from triton.experimental.gluon._runtime import GluonASTSource  # noqa: PLC0415
+
+    from qvg_paged.kernels._many_queries_gluon import many_queries_kernel as kernel  # noqa: PLC0415
+
+    layout = PageLayout.build(
+        FORMATS["qvg4-int2"], num_layers=1, tokens=1560, heads=4, head_dim=128, dtype=torch.bfloat16, span_tokens=4680
+    )
+    options = dict(many_queries.LAUNCHES[blocks])
+    registers = options.pop("maxnreg", None)
+    constants: dict[str, Any] = {
+        "KEY": part_code(layout.key), "VALUE": part_code(layout.value), "HEAD_DIM": 128, "CB": 64, "BLOCKS": blocks,
+        "N": many_queries.TILE_TOKENS, "STAGES": many_queries.STAGES, "WARPS": many_queries.DECODE_WARPS, **options,
+    }  # fmt: skip
+    pointers = {"partials": "*fp32", "partial_lse": "*fp32", "q": "*bf16", "buffer": "*u8", "pages": "*i32",
+                "items": "*i32"}  # fmt: skip
+    types: dict[str, Any] = {**pointers, "scale_log2": "fp32", **dict.fromkeys(constants, "constexpr")}
+    types |= {part: PartBytes(*["i32"] * len(PartBytes._fields)) for part in ("key_part", "value_part")}
+    places = {arg: i for i, arg in enumerate(kernel.arg_names)}
+    attributes = {(places[arg],): ALIGNED for arg in pointers}
+    attributes |= {(places[part], i): ALIGNED for part in ("key_part", "value_part") for i in range(6)}
+    source = GluonASTSource(
+        kernel, {arg: types.get(arg, "i32") for arg in kernel.arg_names},
+        {(places[arg],): value for arg, value in constants.items()}, attributes,
+    )  # fmt: skip
+    limit = {} if registers is None else {"maxnreg": registers}
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, **limit})
+    return {"head_dim": 128, "blocks": blocks, "shared": done.metadata.shared}
+
+
 def main() -> None:
     try:
         from triton import knobs  # noqa: PLC0415
@@ -92,6 +124,7 @@ def main() -> None:
         print(f"no compiler for sm_90: {error}")  # noqa: T201
         sys.exit(77)
     rows = [compile_few_queries(*few) for few in FEW_QUERIES] + [compile_variant(*variant) for variant in VARIANTS]
+    rows += [compile_many_queries(blocks) for blocks in many_queries.LAUNCHES]
     print(json.dumps(rows))  # noqa: T201
 
 

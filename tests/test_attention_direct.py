@@ -145,6 +145,8 @@ def test_the_kernel_compiles_for_hopper_without_a_gpu() -> None:
     few = [row for row in compiled if "rows" in row]
     assert few
     assert not any(row["shared"] for row in few), "bytes should go to the tensor cores without crossing lanes"
+    one = next(row for row in compiled if row.get("blocks") == 1)
+    assert one["shared"] <= 113 * 1024, "two programs of one block should share a multiprocessor"
 
 
 @pytest.mark.gpu

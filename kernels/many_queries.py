@@ -1,0 +1,181 @@
+"""Attention of many query rows to 2-bit pages on Hopper: which pages, shares of equal work, launches.
+
+Shares are those of `qvg_paged.kernels.few_queries`, cut in tiles of 64 tokens for blocks of 64 to 192 query rows.
+"""
+
+import math
+import warnings
+from collections import Counter
+from functools import cache
+from importlib.metadata import version
+
+import torch
+
+from qvg_paged.kernels.block_table import BlockTable
+from qvg_paged.kernels.few_queries import LOG2_E, Shares, shares
+from qvg_paged.kernels.formats import CentroidType
+from qvg_paged.kernels.layout import PageLayout, PartLayout
+
+__all__ = ["FEWEST_ROWS", "block_rows", "has_wgmma", "many_queries_attention", "many_shares", "reads_many_queries"]
+
+FEWEST_ROWS = 17
+"""Query rows (queries times the heads that share a KV head) of a sequence from which on this is the faster kernel."""
+TILE_TOKENS = 64
+START_TILES = 6
+"""What a program does before and after its tiles, and what merging its result takes, in tiles."""
+MOST_WAVES = 12
+STAGES, DECODE_WARPS = 2, 4
+LAUNCHES = {
+    1: {"REGISTERS": 128, "DECODE_REGISTERS": 112, "maxnreg": 128},
+    2: {"REGISTERS": 136, "DECODE_REGISTERS": 104},
+    3: {"REGISTERS": 136, "DECODE_REGISTERS": 104},
+}
+"""Registers of attending and of decoding warps, by blocks of 64 rows. With one block two programs share a
+multiprocessor."""
+
+
+def reads_many_queries(layout: PageLayout, dtype: torch.dtype) -> bool:
+    """Whether pages of `layout` can be read by this kernel for queries of `dtype`."""
+
+    def fits(part: PartLayout) -> bool:
+        codec = part.codec
+        return (
+            not codec.is_dense
+            and codec.grid.bits == 2
+            and codec.stages == 1
+            and codec.centroid_type is CentroidType.BF16
+            and not part.split_pairs
+            and codec.block_size == 64
+            and part.head_dim == 128
+        )
+
+    return dtype is torch.bfloat16 and fits(layout.key) and fits(layout.value)
+
+
+_given_up: set[torch.device] = set()
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether `device` has the kernel's instructions, and the installed Triton what it is written in.
+
+    Gluon is experimental and changes from release to release of Triton; other kernels read what this one cannot.
+    """
+    if device in _given_up or device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9 and _imports(device)
+
+
+@cache
+def _imports(device: torch.device) -> bool:
+    try:
+        from qvg_paged.kernels import _many_queries_gluon  # noqa: F401, PLC0415
+    except Exception as error:  # whatever another release of Triton raises
+        give_up(device, error)
+        return False
+    return True
+
+
+def give_up(device: torch.device, error: Exception) -> None:
+    """Leave many queries on `device` to other kernels from now on, and say why."""
+    _given_up.add(device)
+    reason = str(error).strip().splitlines()[:1]
+    warnings.warn(
+        f"many queries are attended by a slower kernel on {device}: Triton {version('triton')} does not compile the "
+        f"Gluon one ({type(error).__name__}{': ' * bool(reason)}{''.join(reason)})",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def block_rows(rows: int) -> int:
+    """Query rows of a program where sequences have at most `rows`."""
+    return 64 * min(3, max(1, math.ceil(rows / 64)))
+
+
+def many_shares(
+    table: BlockTable, fmt: int, layout: PageLayout, cu_queries: tuple[int, ...], sequences: range, group: int,
+    rows: int, processors: int, most_slots: int | None,
+) -> Shares:  # fmt: skip
+    """Cut the keys of `sequences` in format `fmt` into shares.
+
+    Args:
+        table: the pages.
+        fmt: format whose pages are read.
+        layout: its page layout.
+        cu_queries: first query of each sequence of the table.
+        sequences: consecutive sequences.
+        group: query heads of a KV head.
+        rows: query rows of a program, see `block_rows`.
+        processors: multiprocessors of the GPU.
+        most_slots: partial results that there is memory for; a query gets more only if its codebooks are more.
+    """
+    programs = processors * (2 if rows == 64 else 1)
+    given = (table, fmt, layout, cu_queries, sequences, group, rows)
+    per_page = math.ceil(layout.key.tokens / TILE_TOKENS)
+    while programs:
+        work = shares(*given, programs, per_page, _share_length)
+        if most_slots is None or work.slots <= most_slots:
+            return work
+        programs //= 2
+    return shares(*given, 1, per_page, _whole)
+
+
+def _whole(lengths: list[int], _: int) -> int:
+    return max(lengths, default=1)
+
+
+def _share_length(lengths: list[int], programs: int) -> int:
+    """Tiles of the longest share so that runs of these lengths are read soonest, in whole waves of programs."""
+    total, starts = max(1, sum(lengths)), Counter(lengths)
+
+    def cost(longest: int) -> int:
+        count = sum(times * math.ceil(length / longest) for length, times in starts.items())
+        return math.ceil(count / programs) * (longest + START_TILES)
+
+    ideal = [max(1, total / (programs * waves)) for waves in range(1, MOST_WAVES + 1)]
+    return min((math.ceil(length * stretch / 20) for length in ideal for stretch in range(20, 41)), key=cost)
+
+
+def many_queries_attention(
+    partials: torch.Tensor,
+    partial_lse: torch.Tensor,
+    q: torch.Tensor,
+    buffer: torch.Tensor,
+    layout: PageLayout,
+    layer: int,
+    pages: torch.Tensor,
+    work: Shares,
+    *,
+    softmax_scale: float,
+    rows: int,
+) -> None:
+    """Attend sequences of many queries to their pages of one format.
+
+    Args:
+        partials: ``[work.slots, queries, q_heads, head_dim]`` float32, written where there are keys.
+        partial_lse: ``[work.slots, queries, q_heads]`` float32; -inf where there are none.
+        q: ``[total_q, q_heads, head_dim]`` bfloat16, last dimension contiguous.
+        buffer: 1-D uint8 pool.
+        layout: planes of the format.
+        layer: layer to read.
+        pages: page ids of the format's entries.
+        work: shares of the sequences.
+        softmax_scale: factor on the scores.
+        rows: query rows of a program, as `work` was cut.
+    """
+    from qvg_paged.kernels._many_queries_gluon import many_queries_kernel  # noqa: PLC0415
+    from qvg_paged.kernels._page_tiles import part_bytes, part_code  # noqa: PLC0415
+    from qvg_paged.kernels.launch import launch  # noqa: PLC0415
+
+    key, blocks = layout.key, rows // 64
+    if work.ragged:
+        partial_lse.fill_(float("-inf"))
+    launch(
+        many_queries_kernel, (len(work.items) * key.heads,),
+        partials, partial_lse, q, buffer, pages, work.items, softmax_scale * LOG2_E, partials.shape[1], key.heads,
+        q.shape[1] // key.heads, key.tokens, len(work.items), q.stride(0), q.stride(1),
+        part_bytes(key, layout.key_offset(layer), layout.key_codebook_offset(layer)),
+        part_bytes(layout.value, layout.value_offset(layer), layout.value_codebook_offset(layer)),
+        KEY=part_code(key), VALUE=part_code(layout.value), HEAD_DIM=key.head_dim, CB=key.codec.block_size,
+        BLOCKS=blocks, N=TILE_TOKENS, STAGES=STAGES, WARPS=DECODE_WARPS, num_warps=4, **LAUNCHES[blocks],
+    )  # fmt: skip

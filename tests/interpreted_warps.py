@@ -1,0 +1,188 @@
+"""A Gluon kernel of several kinds of warps in Triton's interpreter: threads that take turns, barriers in shared memory.
+
+A thread goes on until a barrier holds it, and writers go first, so that they run as far ahead as their ring lets them:
+a barrier that is missing shows in the result. What `interpreted_gluon` says of layouts holds here as well.
+"""
+
+import re
+import sys
+import threading
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from interpreted_gluon import _bf16, _fused, _Language, _Layout, _plain, _Shared
+
+TURN = threading.Condition()
+PATIENCE = 120
+
+
+class _Tile(_Shared):
+    """A buffer that may be written in parts, or a barrier."""
+
+    def __init__(self, value: Any = None) -> None:
+        super().__init__(value)
+        self.pieces: dict[tuple[int, int], Any] = {}
+        self.arrivals = self.expected = self.phase = 0
+
+    def index(self, i: Any) -> "_Tile":
+        return self.parts.setdefault(_number(i), _Tile())  # type: ignore[return-value]
+
+    def slice(self, start: Any, _length: Any, dim: int = 0) -> "_Part":
+        return _Part(self, (0, 0)).slice(start, _length, dim)
+
+    def store(self, value: Any) -> None:
+        self.pieces = {(0, 0): value}
+
+    def permute(self, _: tuple[int, ...]) -> _Shared:
+        turned = _Shared(self.value())
+        turned.turned = True
+        return turned
+
+    def value(self) -> Any:
+        assert self.pieces, "shared memory was read before it was written"
+        rows = sorted({row for row, _ in self.pieces})
+        columns = sorted({column for _, column in self.pieces})
+        data = np.block([[self.pieces[row, column].handle.data for column in columns] for row in rows])
+        return _tensor(data, tl.bfloat16)
+
+
+class _Part:
+    def __init__(self, tile: _Tile, at: tuple[int, int]) -> None:
+        self.tile, self.at = tile, at
+
+    def slice(self, start: Any, _length: Any, dim: int = 0) -> "_Part":
+        row, column = self.at
+        by = _plain(start)
+        return _Part(self.tile, (row + by, column) if _plain(dim) == 0 else (row, column + by))
+
+    def store(self, value: Any) -> None:
+        self.tile.pieces[self.at] = value
+
+
+class _Barrier:
+    """`hopper.mbarrier`."""
+
+    MBarrierLayout = _Layout
+
+    @staticmethod
+    def init(barrier: _Tile, count: Any) -> None:
+        barrier.expected = _plain(count)
+
+    @staticmethod
+    def wait(barrier: _Tile, phase: Any) -> None:
+        parity = _number(phase)
+        passed = TURN.wait_for(lambda: barrier.phase % 2 != parity, timeout=PATIENCE)
+        assert passed, "a barrier was never reached by those it waits for"
+
+    @staticmethod
+    def arrive(barrier: _Tile, count: Any = 1) -> None:
+        barrier.arrivals += _plain(count)
+        if barrier.arrivals == barrier.expected:
+            barrier.arrivals, barrier.phase = 0, barrier.phase + 1
+            TURN.notify_all()
+        assert barrier.arrivals < barrier.expected
+
+
+class _Warps(_Language):
+    def allocate_shared_memory(self, _dtype: Any, _shape: list[int], _: object, value: Any = None) -> _Tile:
+        return _Tile(value)
+
+    def num_warps(self) -> int:
+        return 4
+
+    def inline_asm_elementwise(self, asm: Any, _: str, inputs: list[Any], **__: object) -> Any:
+        text = str(getattr(asm, "value", asm))
+        if "0x00100010" in text:
+            return _scales(inputs[0])
+        assert "shf.r.wrap" in text, text
+        return _levels(text, *inputs)
+
+    def warp_specialize(self, partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], *_: object) -> None:
+        """Every partition to its end, the last one first."""
+        failures: list[BaseException] = []
+
+        def run(partition: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+            with TURN:
+                try:
+                    partition(*arguments)
+                except BaseException as failure:  # raised again below
+                    failures.append(failure)
+
+        threads = [threading.Thread(target=run, args=partition) for partition in reversed(partitions)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+
+
+def _number(value: Any) -> int:
+    return int(value.handle.data.flat[0]) if hasattr(value, "handle") else _plain(value)
+
+
+def _tensor(data: np.ndarray, dtype: Any) -> Any:
+    handle = triton.runtime.interpreter.TensorHandle(np.ascontiguousarray(data), dtype)
+    return tl.core.tensor(handle, tl.block_type(dtype, list(data.shape)))
+
+
+def _scales(words: Any) -> Any:
+    data = words.handle.data
+    value = torch.from_numpy((data & 0xFF).astype(np.uint8)).view(torch.float8_e4m3fn).float().numpy()
+    twice = ((value.view(np.uint32) >> 16) * np.uint32(0x10001)).view(np.int32)
+    return _tensor(twice.reshape(data.shape), tl.int32)
+
+
+def _levels(asm: str, codes: Any, scale: Any, centroid: Any, turn: Any) -> tuple[Any, ...]:
+    """Four channels of a word, rounded once."""
+
+    def constant(before: str) -> int:
+        return int(asm.split(before)[1].split(";", maxsplit=1)[0])
+
+    words = codes.handle.data.view(np.uint32).astype(np.uint64)
+    by = (turn.handle.data.astype(np.int64) & 31).astype(np.uint64)
+    turned = ((words << 32 | words) >> by).astype(np.uint32) & np.uint32(constant("and.b32 t, t, "))
+    level = 128.0 + _bf16(np.uint32(constant("mov.b32 base, ") & 0xFFFF)[None])
+    factor = _bf16(scale.handle.data.view(np.uint32) & 0xFFFF)
+    rows = np.ascontiguousarray(centroid.handle.data).view(np.uint16).reshape(*words.shape, 4)
+    made = []
+    for channel in range(4):
+        value = (level + (turned >> 8 * channel & 0xFF)) * factor + _bf16(rows[..., channel])
+        bits = torch.from_numpy(value.astype(np.float32)).bfloat16().view(torch.int16).numpy()
+        made.append(_tensor(bits.view(np.uint16), tl.bfloat16))
+    return tuple(made)
+
+
+def interpreted(*paths: Path) -> types.ModuleType:
+    """The last of some modules with its kernels interpreted; it may take functions from those before it."""
+    tl.core.block_type.layout = _Layout()
+    names: dict[str, Any] = {}
+    for path in paths:
+        module = _interpreted(path, names)
+        names.update((name, vars(module)[name]) for name in vars(module)["__all__"])
+    return module
+
+
+def _interpreted(path: Path, names: dict[str, Any]) -> types.ModuleType:
+    # Line numbers stay: the interpreter reads the source again.
+    text = re.sub(r"^from (triton\.experimental|qvg_paged)[^(\n]*(\([^)]*\))?",
+                  lambda found: "\n" * found[0].count("\n"), path.read_text(), flags=re.MULTILINE)  # fmt: skip
+    module = types.ModuleType("interpreted_" + path.stem)
+    module.__dict__.update(
+        names, gl=_Warps(), gluon=types.SimpleNamespace(jit=triton.jit), mbarrier=_Barrier, warpgroup_mma=_fused,
+        warpgroup_mma_wait=lambda _, values: values[0], fence_async_shared=lambda: None,
+    )  # fmt: skip
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    exec(compile(text, str(path), "exec"), module.__dict__)
+    for name, value in list(vars(module).items()):
+        if hasattr(value, "rewrite") and name not in names:
+            rewritten = value.rewrite()
+            rewritten.__annotations__ = dict.fromkeys(rewritten.__annotations__, "constexpr")
+    return module
