@@ -4,7 +4,7 @@ from qvg_paged.kernels.attention import AttentionPath, attention_workspace_nbyte
 from qvg_paged.kernels.backend import Backend
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.codec import EncodedSpan, decode_span, encode_span
-from qvg_paged.kernels.decode import decode_pages, read_centroids
+from qvg_paged.kernels.decode import decode_layer, decode_pages, read_centroids
 from qvg_paged.kernels.digest import digest_bytes
 from qvg_paged.kernels.encode import encode_part, encode_workspace_nbytes
 from qvg_paged.kernels.layout import GRANULE, LAYOUT_VERSION, PageLayout, PartLayout
@@ -22,6 +22,7 @@ __all__ = [
     "PageLayout",
     "PartLayout",
     "attention_workspace_nbytes",
+    "decode_layer",
     "decode_pages",
     "decode_span",
     "digest_bytes",

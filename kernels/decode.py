@@ -11,10 +11,10 @@ from qvg_paged.kernels import reference
 from qvg_paged.kernels.backend import Backend, kernel_scope, uses_triton
 from qvg_paged.kernels.errors import ArgumentError
 from qvg_paged.kernels.formats import CentroidType
-from qvg_paged.kernels.layout import PLANE_ALIGNMENT, PartLayout
+from qvg_paged.kernels.layout import PLANE_ALIGNMENT, PageLayout, PartLayout
 from qvg_paged.kernels.rope import RoPELayout, RoPETables
 
-__all__ = ["decode_pages", "read_centroids"]
+__all__ = ["decode_layer", "decode_pages", "read_centroids"]
 
 OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -57,6 +57,50 @@ def decode_pages(
     run = _reader(uses_triton(backend, buffer.device))
     with kernel_scope(buffer.device):
         run.decode_pages(buffer, pages, codebooks, layout, part_offset, codebook_part_offset, out, rope, rope_layout)
+
+
+def decode_layer(
+    buffer: torch.Tensor,
+    pages: torch.Tensor,
+    codebooks: torch.Tensor,
+    layout: PageLayout,
+    layer: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    rope: RoPETables | None = None,
+    rope_layout: RoPELayout = RoPELayout.INTERLEAVED,
+    backend: Backend = Backend.AUTO,
+) -> None:
+    """Read K and V of one layer of several pages; on a GPU in one launch if the format stores them alike.
+
+    Args:
+        buffer, pages, codebooks, rope_layout, backend: as of `decode_pages`.
+        layout: of the pages.
+        layer: 0 to ``num_layers - 1``.
+        keys, values: ``[n * tokens, heads, head_dim]``, written, as `out` of `decode_pages`.
+        rope: tables for the keys; None leaves them as stored.
+
+    Raises:
+        ArgumentError: an argument does not fit; nothing was written.
+    """
+    offsets = (
+        layout.key_offset(layer), layout.key_codebook_offset(layer),
+        layout.value_offset(layer), layout.value_codebook_offset(layer),
+    )  # fmt: skip
+    _check(buffer, pages, codebooks, layout.key, offsets[:2], keys)
+    _check(buffer, pages, codebooks, layout.value, offsets[2:], values)
+    if rope is not None:
+        _check_rope(rope, layout.key, len(pages))
+    if len(pages) == 0:
+        return
+    run = _reader(uses_triton(backend, buffer.device))
+    with kernel_scope(buffer.device):
+        if layout.is_uniform and not layout.format.is_dense and keys.dtype == values.dtype:
+            run.decode_both(buffer, pages, codebooks, layout.key, offsets, (keys, values), rope, rope_layout)
+        else:
+            run.decode_pages(buffer, pages, codebooks, layout.key, *offsets[:2], keys, rope, rope_layout)
+            run.decode_pages(buffer, pages, codebooks, layout.value, *offsets[2:], values, None, rope_layout)
 
 
 def read_centroids(buffer: torch.Tensor, layout: PartLayout, codebook_offset: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ Channels of `codes`, `centroids` and `balance` come in stored order (`PartLayout
 count natural channels. Bytes between planes and after the last token are zero.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -290,6 +290,12 @@ class PageLayout:
     def codebook_nbytes(self) -> int:
         """Bytes of a codebook, a multiple of `GRANULE`; 0 if the format keeps nothing per span."""
         return align(self.num_layers * self.codebook_layer_nbytes, GRANULE)
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether K and V go in the same launches: they differ in channel order and pairing at most."""
+        key, value = (replace(part, split_pairs=False, pairing=None) for part in (self.key, self.value))
+        return key == value
 
     @property
     def page_payload_nbytes(self) -> int:

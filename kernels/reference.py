@@ -4,6 +4,7 @@ Given the same centroids and ids, codes, scales and decoded values equal the ker
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -12,7 +13,7 @@ from qvg_paged.kernels.formats import CentroidType
 from qvg_paged.kernels.layout import GRANULE, PLANE_ALIGNMENT, PartLayout, Plane
 from qvg_paged.kernels.rope import RoPELayout, RoPETables
 
-__all__ = ["assign_centroids", "centroid_means", "decode_pages", "quantise_pack"]
+__all__ = ["assign_centroids", "centroid_means", "decode_both", "decode_pages", "quantise_pack"]
 
 SLICE_TOKENS = 4096
 """Tokens times heads that are worked on at once."""
@@ -158,6 +159,22 @@ def decode_pages(
                 _add_books(values, buffer, pages[some], slots[some], books, layout, part_offset)
         turn = None if rope is None else _turns(rope, some)
         _store(values, target[some], layout.split_pairs, turn, rope_layout)
+
+
+def decode_both(
+    buffer: torch.Tensor,
+    pages: torch.Tensor,
+    codebooks: torch.Tensor,
+    layout: PartLayout,
+    offsets: tuple[int, int, int, int],
+    outs: tuple[torch.Tensor, torch.Tensor],
+    rope: RoPETables | None,
+    rope_layout: RoPELayout,
+) -> None:
+    """Read K, then V; arguments as in `qvg_paged.kernels._decode_triton.decode_both`."""
+    decode_pages(buffer, pages, codebooks, layout, *offsets[:2], outs[0], rope, rope_layout)
+    value = replace(layout, split_pairs=False, pairing=None)
+    decode_pages(buffer, pages, codebooks, value, *offsets[2:], outs[1], None, rope_layout)
 
 
 def _gather(buffer: torch.Tensor, plane: Plane, part_offset: int, units: torch.Tensor) -> torch.Tensor:

@@ -45,20 +45,28 @@ class RoPETables:
 
     @cached_property
     def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The four tables over all pairs, float16: cosines 1 and sines 0 where the other axis turns.
+        """The tables of `wide` in float16."""
+        return tuple(table.half() for table in self.wide)  # type: ignore[return-value]
 
-        Products of cosines and sums of sines are those of every token.
+    @cached_property
+    def wide(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The four tables over all pairs, float32: cosines 1 and sines 0 where the other axis turns.
+
+        Products of cosines and sums of sines are those of every token, exactly.
         """
         pairs = (self.cos_frame.shape[1], self.cos_space.shape[1])
-
-        def pad(x: torch.Tensor, ends: tuple[int, int], value: float) -> torch.Tensor:
-            return functional.pad(x, ends, value=value).half().contiguous()
-
         after, before = (0, pairs[1]), (pairs[0], 0)
         return (
-            pad(self.cos_frame, after, 1.0), pad(self.sin_frame, after, 0.0),
-            pad(self.cos_space, before, 1.0), pad(self.sin_space, before, 0.0),
+            functional.pad(self.cos_frame, after, value=1.0), functional.pad(self.sin_frame, after, value=0.0),
+            functional.pad(self.cos_space, before, value=1.0), functional.pad(self.sin_space, before, value=0.0),
         )  # fmt: skip
+
+    def of_frames(self, rows: torch.Tensor | slice) -> "RoPETables":
+        """Those of some of the frames; what all frames have in common is shared."""
+        part = RoPETables(self.cos_frame[rows], self.sin_frame[rows], self.cos_space, self.sin_space)
+        cos, sin, *space = self.wide
+        part.__dict__["wide"] = (cos[rows], sin[rows], *space)
+        return part
 
     def expand(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of every token, each ``[frames * tokens_per_frame, head_dim / 2]`` float32."""

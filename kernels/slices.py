@@ -146,8 +146,7 @@ def _run(table: BlockTable, fmt: int, rope: RoPESpec | None, rows: torch.Tensor 
     group = table.groups[fmt]
     tables = None
     if rope is not None:
-        full = rope_tables(table, fmt, rope)
-        tables = RoPETables(full.cos_frame[rows], full.sin_frame[rows], full.cos_space, full.sin_space)
+        tables = rope_tables(table, fmt, rope).of_frames(rows)
         if fp8:
             _ = tables.padded  # made here, where launches are in order
     return DecodeRun(fmt, group.pages[rows], group.codebooks[rows], tables)

@@ -1,7 +1,6 @@
 """A span of the pool, layer by layer: unquantised pages become quantised ones and a codebook, in place."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,7 +56,7 @@ class SpanEncoding:
         key, value = self._target.key, self._target.value
         if self._table is not None and not (key.codec.is_dense or value.codec.is_dense):
             with kernel_scope(self._buffer.device):
-                for parts in [(0, 1)] if _alike(key, value) else [(0,), (1,)]:
+                for parts in [(0, 1)] if self._target.is_uniform else [(0,), (1,)]:
                     self._launch(layer, parts)
         else:
             for part in (0, 1):
@@ -124,8 +123,3 @@ class SpanEncoding:
         else:
             book = self._book(layer, part) if layout.codebook_planes else None
             encode_part(torch.cat(frames), layout, self._buffer, offsets, book, backend=self._backend)
-
-
-def _alike(key: PartLayout, value: PartLayout) -> bool:
-    """Whether both go in the same launches: they differ in channel order and pairing at most."""
-    return replace(key, split_pairs=False, pairing=None) == replace(value, split_pairs=False, pairing=None)
