@@ -24,7 +24,15 @@ import results_file
 import torch
 from bench.released import load_modules
 
-from qvg_paged.kernels import _decode_triton, _encode_triton, _kmeans_triton, _span_triton, _spread_triton
+from qvg_paged.kernels import (
+    _centroids_triton,
+    _decode_triton,
+    _encode_triton,
+    _kmeans_triton,
+    _span_triton,
+    _spread_triton,
+    _tokens_triton,
+)
 from qvg_paged.kernels.decode import decode_pages
 from qvg_paged.kernels.encode import encode_part
 from qvg_paged.kernels.formats import DENSE, FORMATS, PageFormat
@@ -44,7 +52,7 @@ SHAPES = {
         {"T": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2},
         {"T": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1},
     ]),
-    "update": (_kmeans_triton, "SUM", [
+    "update": (_kmeans_triton, "HOPPER_SUM", [
         {"T": 64, "BLOCK_K": 256, "num_warps": 8, "num_stages": 3},
         {"T": 64, "BLOCK_K": 256, "num_warps": 8, "num_stages": 2},
         {"T": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2},
@@ -59,7 +67,7 @@ SHAPES = {
         {"R": 16, "H": 1, "num_warps": 4}, {"R": 8, "H": 1, "num_warps": 2}, {"R": 8, "H": 1, "num_warps": 4},
         {"R": 32, "H": 1, "num_warps": 8}, {"R": 4, "H": 1, "num_warps": 1},
     ]),
-    "decode and turn": (_decode_triton, "TURNED", [
+    "decode and turn": (_decode_triton, "PAIRED", [
         {"R": 8, "H": 4, "num_warps": 4}, {"R": 8, "H": 1, "num_warps": 4}, {"R": 8, "H": 6, "num_warps": 4},
         {"R": 4, "H": 4, "num_warps": 2}, {"R": 8, "H": 12, "num_warps": 4}, {"R": 16, "H": 4, "num_warps": 8},
         {"R": 4, "H": 6, "num_warps": 4},
@@ -259,18 +267,18 @@ def stages_of(span: Span) -> dict[str, Callable[[], object]]:
     if key.codec.balanced:
         inverse = _spread_triton.write_spread(tokens, (key, value), span.pool, places.books, rows)
         calls["spread"] = lambda: _spread_triton.write_spread(tokens, (key, value), span.pool, places.books, rows)
-    group = _kmeans_triton.RowGroup(
-        tokens, rows, inverse, torch.zeros((1, len(rows), tokens.span_tokens), dtype=torch.uint8, device=device),
+    group = _tokens_triton.RowGroup(
+        tokens, rows, inverse, _tokens_triton.empty_ids(1, len(rows), tokens.span_tokens, device),
         torch.empty(shape, dtype=torch.bfloat16, device=device), torch.empty(shape[1:3], device=device),
     )  # fmt: skip
     seeds = torch.arange(key.num_centroids, dtype=torch.int32, device=device) * 101 % tokens.span_tokens
-    _kmeans_triton.seed(group, 0, seeds, group.centroids[0])
+    _centroids_triton.seed(group, 0, seeds, group.centroids[0])
     _kmeans_triton.assign(group, 0)
     means = torch.empty_like(group.centroids[0])
     return calls | {
-        "seed": lambda: _kmeans_triton.seed(group, 0, seeds, means),
+        "seed": lambda: _centroids_triton.seed(group, 0, seeds, means),
         "assign": lambda: _kmeans_triton.assign(group, 0),
-        "update": lambda: _kmeans_triton.update(group, 0, means),
+        "update": lambda: _centroids_triton.update(group, 0, means),
         "centroids": lambda: _encode_triton.write_centroids(group, places, group.centroids, None),
         "pack": lambda: _encode_triton.pack(group, places),
     }

@@ -169,11 +169,7 @@ def _balance(balance_ptr, stored, BALANCED: tl.constexpr):
 @triton.jit
 def at_place(base, row, size, stride, place: tl.constexpr, WHOLE: tl.constexpr):
     """`base` at the tokens of a tile whose codes are at a place of the rows' bytes; past its end, at its last token."""
-    if WHOLE:
-        at = base + row + place * stride
-    else:
-        at = base + tl.minimum(row + place * stride, size - 1)
-    return at
+    return base + row + place * stride if WHOLE else base + tl.minimum(row + place * stride, size - 1)
 
 
 @triton.jit
@@ -191,8 +187,8 @@ def _centroids(
 
 @triton.jit
 def decode_head(
-    turns, bias, out_ptr, codes_ptr, scales_ptr, ids_ptr, centroids_ptr, book_scales_ptr, balance_ptr, row, size, stride,
-    tokens, heads, num_centroids, stride_token, D: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr,
+    turns, bias, out_ptr, codes_ptr, scales_ptr, ids_ptr, centroids_ptr, book_scales_ptr, balance_ptr, row, size,
+    stride, tokens, heads, num_centroids, stride_token, D: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr,
     TOP: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr, BALANCED: tl.constexpr,
     SPLIT: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -209,9 +205,9 @@ def decode_head(
     scales, smooth = (), ()
     for place in tl.static_range(8 // BITS):
         at = at_place(scales_ptr, row, size, stride, place, WHOLE)
-        scales = scales + (_both_scales(at, tokens, BITS * place, D, B, STEP, INTERLEAVED),)
+        scales += (_both_scales(at, tokens, BITS * place, D, B, STEP, INTERLEAVED),)
         at = at_place(ids_ptr, row, size, stride, place, WHOLE)
-        smooth = smooth + (_centroids(at, centroids_ptr, STAGES, D, INTERLEAVED, SPLIT),)
+        smooth += (_centroids(at, centroids_ptr, STAGES, D, INTERLEAVED, SPLIT),)
     for place in tl.static_range(8 // BITS):
         first = _levels(bytes_a, bias, BITS * place, BITS, TOP, STEP)
         second = _levels(bytes_b, bias, BITS * place, BITS, TOP, STEP)

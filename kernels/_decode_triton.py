@@ -19,8 +19,8 @@ __all__ = ["decode_both", "decode_pages"]
 
 ANYWHERE = ["pages_ptr", "codebooks_ptr"]
 """Rows of a table that start at any sequence: their alignment must not decide what is compiled."""
-DECODE = {"R": 16, "H": 1, "num_warps": 4}
-PAIRED = {"R": 8, "H": 4, "num_warps": 4}
+DECODE = {"R": 16, "H": 4, "num_warps": 4}
+PAIRED = {"R": 8, "H": 6, "num_warps": 4, "maxnreg": 96}
 """Rows of the `codes` plane and heads per program, with 128 channels a head; where both members of an interleaved pair
 are written together, rows are fewer, and heads share cosines and sines."""
 BIAS = 0x4B000000
@@ -29,13 +29,13 @@ BIAS = 0x4B000000
 
 @triton.jit(do_not_specialize=[*ANYWHERE, "bias"])
 def _decode_kernel(
-    out_ptr, other_ptr, bytes_ptr, fp8_ptr, bf16_ptr, fp32_ptr, pages_ptr, codebooks_ptr, cos_frame_ptr, sin_frame_ptr,
-    cos_space_ptr, sin_space_ptr, part_offset, book_offset, other_part_offset, other_book_offset, scales_offset,
-    ids_offset, book_scales_offset, balance_offset, tokens, heads, num_centroids, rows, row_blocks, stride_token,
-    stride_head, other_stride_token, other_stride_head, bias, D: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
-    H: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr,
-    STAGES: tl.constexpr, FP8: tl.constexpr, BALANCED: tl.constexpr, SPLIT: tl.constexpr, ROPE: tl.constexpr,
-    INTERLEAVED: tl.constexpr, BOTH: tl.constexpr, UNIT: tl.constexpr,
+    out_ptr, other_ptr, buffer_ptr, pages_ptr, codebooks_ptr, cos_frame_ptr, sin_frame_ptr, cos_space_ptr,
+    sin_space_ptr, part_offset, book_offset, other_part_offset, other_book_offset, scales_offset, ids_offset,
+    book_scales_offset, balance_offset, tokens, heads, num_centroids, rows, row_blocks, stride_token, stride_head,
+    other_stride_token, other_stride_head, bias, D: tl.constexpr, B: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    BITS: tl.constexpr, TILE: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    FP8: tl.constexpr, BALANCED: tl.constexpr, SPLIT: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BOTH: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """The part at `part_offset`; if `BOTH`, programs with a third number read the other one, as it is stored."""
     page, first_head = tl.program_id(0) // row_blocks, tl.program_id(1) * H
@@ -45,14 +45,14 @@ def _decode_kernel(
         book_unit = tl.load(codebooks_ptr + page).to(tl.int64) * UNIT
     if BOTH and tl.program_id(2) == 1:
         _decode_rows(
-            other_ptr, bytes_ptr, fp8_ptr, bf16_ptr, fp32_ptr, unit + other_part_offset, book_unit + other_book_offset,
+            other_ptr, buffer_ptr, unit + other_part_offset, book_unit + other_book_offset,
             cos_frame_ptr, sin_frame_ptr, cos_space_ptr, sin_space_ptr, page, first_row, first_head, scales_offset,
             ids_offset, book_scales_offset, balance_offset, tokens, heads, num_centroids, rows, other_stride_token,
             other_stride_head, bias, D, B, R, H, BITS, TILE, TOP, STEP, STAGES, FP8, BALANCED, False, False, False,
         )  # fmt: skip
     else:
         _decode_rows(
-            out_ptr, bytes_ptr, fp8_ptr, bf16_ptr, fp32_ptr, unit + part_offset, book_unit + book_offset, cos_frame_ptr,
+            out_ptr, buffer_ptr, unit + part_offset, book_unit + book_offset, cos_frame_ptr,
             sin_frame_ptr, cos_space_ptr, sin_space_ptr, page, first_row, first_head, scales_offset, ids_offset,
             book_scales_offset, balance_offset, tokens, heads, num_centroids, rows, stride_token, stride_head, bias,
             D, B, R, H, BITS, TILE, TOP, STEP, STAGES, FP8, BALANCED, SPLIT, ROPE, INTERLEAVED,
@@ -61,7 +61,7 @@ def _decode_kernel(
 
 @triton.jit
 def _decode_rows(
-    out_ptr, bytes_ptr, fp8_ptr, bf16_ptr, fp32_ptr, part, book, cos_frame_ptr, sin_frame_ptr, cos_space_ptr,
+    out_ptr, buffer_ptr, part, book, cos_frame_ptr, sin_frame_ptr, cos_space_ptr,
     sin_space_ptr, page, first_row, first_head, scales_offset, ids_offset, book_scales_offset, balance_offset, tokens,
     heads, num_centroids, rows, stride_token, stride_head, bias, D: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
     H: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr,
@@ -73,20 +73,21 @@ def _decode_rows(
     first_token, row = tile * TILE, first_row % TILE_ROWS + tl.arange(0, R)
     size = tl.minimum(tokens - first_token, TILE)
     out_ptr += (page.to(tl.int64) * tokens + first_token) * stride_token
-    centroids_ptr = (fp8_ptr + book) if FP8 else (bf16_ptr + book // 2)
-    book_scales_ptr = fp32_ptr + (book + book_scales_offset) // 4
-    balance_ptr = bf16_ptr + (book + balance_offset) // 2
+    book_ptr = buffer_ptr + book
+    centroids_ptr = book_ptr.to(tl.pointer_type(tl.float8e4nv if FP8 else tl.bfloat16))
+    book_scales_ptr = (book_ptr + book_scales_offset).to(tl.pointer_type(tl.float32))
+    balance_ptr = (book_ptr + balance_offset).to(tl.pointer_type(tl.bfloat16))
     frame = page * (D // 2)
     if size == TILE:  # most tiles: places of a byte are a constant distance apart, and nothing is masked
         _decode_tile(
-            out_ptr, bytes_ptr + part, centroids_ptr, book_scales_ptr, balance_ptr, cos_frame_ptr + frame,
+            out_ptr, buffer_ptr + part, centroids_ptr, book_scales_ptr, balance_ptr, cos_frame_ptr + frame,
             sin_frame_ptr + frame, cos_space_ptr, sin_space_ptr, scales_offset, ids_offset, first_head,
             tile * TILE_ROWS, row, first_token, TILE, TILE_ROWS, tokens, heads, num_centroids, rows, stride_token,
             stride_head, bias, D, B, H, BITS, TOP, STEP, STAGES, FP8, BALANCED, SPLIT, ROPE, INTERLEAVED, True,
         )  # fmt: skip
     else:
         _decode_tile(
-            out_ptr, bytes_ptr + part, centroids_ptr, book_scales_ptr, balance_ptr, cos_frame_ptr + frame,
+            out_ptr, buffer_ptr + part, centroids_ptr, book_scales_ptr, balance_ptr, cos_frame_ptr + frame,
             sin_frame_ptr + frame, cos_space_ptr, sin_space_ptr, scales_offset, ids_offset, first_head,
             tile * TILE_ROWS, row, first_token, size, tl.cdiv(size * BITS, 8), tokens, heads, num_centroids, rows,
             stride_token, stride_head, bias, D, B, H, BITS, TOP, STEP, STAGES, FP8, BALANCED, SPLIT, ROPE, INTERLEAVED,
@@ -105,7 +106,7 @@ def _decode_tile(
     turns = ()
     for place in tl.static_range(8 // BITS):
         token = at_place(first_token, row, size, stride, place, WHOLE)
-        turns = turns + (angles(cos_frame_ptr, sin_frame_ptr, cos_space_ptr, sin_space_ptr, token, D, ROPE),)
+        turns += (angles(cos_frame_ptr, sin_frame_ptr, cos_space_ptr, sin_space_ptr, token, D, ROPE),)
     last = first_head + 1 if H == 1 else tl.minimum(first_head + H, heads)
     for head in tl.range(first_head, last):
         decode_head(
@@ -161,11 +162,11 @@ def decode_pages(
             interleaved, tables, both=False,
         )  # fmt: skip
         return
-    blocks = cdiv(layout.tokens, 32)
+    blocks, values = cdiv(layout.tokens, 32), buffer[: buffer.numel() // 4 * 4].view(layout.dtype)
     launch(
-        _dense_kernel, (blocks * len(pages), layout.heads), out, _words(buffer).view(layout.dtype), pages.contiguous(), *tables, part_offset, layout.tokens, layout.heads,
-        blocks, out.stride(0), out.stride(1), D=layout.head_dim, R=32, ROPE=rope is not None, INTERLEAVED=interleaved,
-        UNIT=GRANULE, ITEM=layout.dtype.itemsize, num_warps=4, enable_fp_fusion=False,
+        _dense_kernel, (blocks * len(pages), layout.heads), out, values, pages.contiguous(), *tables, part_offset, layout.tokens, layout.heads, blocks, out.stride(0),
+        out.stride(1), D=layout.head_dim, R=32, ROPE=rope is not None, INTERLEAVED=interleaved, UNIT=GRANULE,
+        ITEM=layout.dtype.itemsize, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -198,10 +199,6 @@ def _interleaved(layout: PartLayout, rope: RoPETables | None, rope_layout: RoPEL
     return layout.split_pairs if rope is None else rope_layout is RoPELayout.INTERLEAVED
 
 
-def _words(buffer: torch.Tensor) -> torch.Tensor:
-    return buffer[: buffer.numel() // 4 * 4]
-
-
 def _launch(
     buffer: torch.Tensor,
     pages: torch.Tensor,
@@ -215,18 +212,18 @@ def _launch(
     *,
     both: bool,
 ) -> None:
-    codec, dim, raw = layout.codec, layout.head_dim, _words(buffer)
+    codec, dim = layout.codec, layout.head_dim
     planes = {plane.name: plane.offset for plane in layout.planes + layout.codebook_planes}
-    shape = PAIRED if interleaved else DECODE
-    rows, block = code_rows(layout.tokens, codec.grid.bits), min(64, max(1, shape["R"] * 128 // dim))
-    blocks, together = cdiv(rows, block), min(shape["H"], layout.heads)
-    _decode_kernel[(blocks * len(pages), cdiv(layout.heads, together), 1 + both)](
-        *outs, raw, raw.view(torch.float8_e4m3fn), raw.view(torch.bfloat16), raw.view(torch.float32),
-        pages.contiguous(), codebooks.contiguous(), *tables, *offsets, planes["scales"], planes.get("ids", 0),
-        planes.get("centroid_scales", 0), planes.get("balance", 0), layout.tokens, layout.heads, layout.num_centroids,
-        rows, blocks, outs[0].stride(0), outs[0].stride(1), outs[1].stride(0), outs[1].stride(1), BIAS, D=dim,
+    shape = dict(PAIRED if interleaved else DECODE)
+    block, together = min(64, max(1, shape.pop("R") * 128 // dim)), min(shape.pop("H"), layout.heads)
+    rows = code_rows(layout.tokens, codec.grid.bits)
+    blocks, groups = cdiv(rows, block), cdiv(layout.heads, together)
+    launch(
+        _decode_kernel, (blocks * len(pages), groups, 1 + both), *outs, buffer, pages.contiguous(), codebooks.contiguous(), *tables, *offsets, planes["scales"],
+        planes.get("ids", 0), planes.get("centroid_scales", 0), planes.get("balance", 0), layout.tokens, layout.heads,
+        layout.num_centroids, rows, blocks, *outs[0].stride()[:2], *outs[1].stride()[:2], BIAS, D=dim,
         B=codec.block_size, R=block, H=together, BITS=codec.grid.bits, TILE=TILE_TOKENS, TOP=codec.grid.max_level,
         STEP=codec.grid.step, STAGES=codec.stages, FP8=codec.centroid_type is CentroidType.FP8 and codec.stages > 0,
         BALANCED=codec.balanced, SPLIT=layout.split_pairs, ROPE=turned, INTERLEAVED=interleaved, BOTH=both,
-        UNIT=GRANULE, **{k: v for k, v in shape.items() if k not in "RH"}, enable_fp_fusion=False,
+        UNIT=GRANULE, **shape, enable_fp_fusion=False,
     )  # fmt: skip

@@ -14,10 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from qvg_paged.kernels._kmeans_triton import RowGroup
 from qvg_paged.kernels._quantise_triton import quantise, quantise_constants
 from qvg_paged.kernels._span_plan import cdiv
-from qvg_paged.kernels._tokens_triton import COUNTS, SpanTokens, check_power_of_two, read_tokens
+from qvg_paged.kernels._tokens_triton import COUNTS, RowGroup, SpanTokens, check_power_of_two, read_tokens
 from qvg_paged.kernels.layout import TILE_TOKENS, PartLayout, code_rows
 
 __all__ = ["SpanPlaces", "pack", "quantise_pack", "write_centroids"]

@@ -1,83 +1,20 @@
-"""Triton launchers of k-means over the rows of a group: seeds, nearest centroids, sums, means.
+"""Triton launchers of k-means over the rows of a group: nearest centroids, sums of their tokens.
 
 Both products run on tensor cores with float32 accumulation where the model's dtype is bfloat16 (every factor is then
 exact), in IEEE float32 otherwise. Sums are taken over fixed runs of tokens and added in order: no atomics, the same
 bits every time, whatever else is encoded beside.
 """
 
-from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
-from qvg_paged.kernels._span_plan import SUM_TILE, SUM_TOKENS, cdiv, padded, sum_runs
-from qvg_paged.kernels._tokens_triton import COUNTS, SpanTokens, load_tile, read_tokens, rounded_to_bf16, tile_tokens
+from qvg_paged.kernels._span_plan import SUM_TILE, SUM_TOKENS, cdiv, padded
+from qvg_paged.kernels._tokens_triton import COUNTS, RowGroup, load_tile, read_tokens, tile_tokens
 
-__all__ = ["RowGroup", "assign", "seed", "update"]
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """Rows that are encoded together, and their workspace.
-
-    Attributes:
-        tokens: the span.
-        rows: rows of the group, counted from the first head of the first tensor.
-        inverse: ``[rows, head_dim]`` float32, reciprocals of the balancing factors; None if the codec keeps none.
-        ids: ``[stages, rows, span_tokens]`` uint8.
-        centroids: ``[stages, rows, num_centroids, head_dim]`` bfloat16, as decoded, natural channel order.
-        norms: ``[rows, num_centroids]`` float32, squared lengths of the centroids of the stage at work.
-    """
-
-    tokens: SpanTokens
-    rows: range
-    inverse: torch.Tensor | None
-    ids: torch.Tensor
-    centroids: torch.Tensor
-    norms: torch.Tensor
-
-    @property
-    def num_centroids(self) -> int:
-        """Centroids per stage and row."""
-        return self.centroids.shape[2]
-
-    @property
-    def arguments(self) -> tuple[object, ...]:
-        """What `read_tokens` takes, in the order of the kernels' parameters."""
-        tokens, base = self.tokens, self.tokens.base
-        return (
-            base, tokens.starts, base if self.inverse is None else self.inverse, self.ids, self.centroids,
-            self.rows.start, len(self.rows), tokens.heads, tokens.frames, tokens.frame_tokens, tokens.span_tokens,
-            self.num_centroids, tokens.token_stride, tokens.head_stride,
-        )  # fmt: skip
-
-
-@triton.jit
-def _keep(out_ptr, norms_ptr, row, k, known, centroid, num_centroids, D: tl.constexpr):
-    """Store float32 centroids ``[K, D]``: as they are, or rounded to bfloat16 with their squared lengths."""
-    out = out_ptr + (row * num_centroids + k[:, None]) * D + tl.arange(0, D)
-    if out_ptr.dtype.element_ty == tl.bfloat16:
-        centroid = rounded_to_bf16(centroid)
-        tl.store(norms_ptr + row * num_centroids + k, tl.sum(centroid * centroid, 1), mask=known)
-    tl.store(out, centroid.to(out_ptr.dtype.element_ty), mask=known[:, None])
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def _seed_kernel(
-    out_ptr, norms_ptr, seeds_ptr, x_ptr, starts_ptr, inverse_ptr, ids_ptr, centroids_ptr, first_row, rows, heads,
-    frames, frame_tokens, span_tokens, num_centroids, token_stride, head_stride, D: tl.constexpr, K: tl.constexpr,
-    STAGES: tl.constexpr, BALANCED: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(1)
-    k = tl.program_id(0) * K + tl.arange(0, K)
-    known = k < num_centroids
-    token = tl.load(seeds_ptr + k, mask=known, other=0)
-    x = read_tokens(
-        x_ptr, starts_ptr, inverse_ptr, ids_ptr, centroids_ptr, row, token, known, first_row, rows, heads, frames,
-        frame_tokens, span_tokens, num_centroids, token_stride, head_stride, D, STAGES, BALANCED,
-    )  # fmt: skip
-    _keep(out_ptr, norms_ptr, row, k, known, x.to(tl.float32), num_centroids, D)
+__all__ = ["assign", "on_hopper", "sum_tokens"]
 
 
 @triton.jit
@@ -96,17 +33,30 @@ def _load_centroids(
 
 
 @triton.jit
-def _tagged(x, c, norm, start, K: tl.constexpr):
-    """How near each centroid is, ``2 x c - c c`` ``[T, K]`` float32, with 255 minus its number in the low byte."""
+def _tagged(x, c, norm, start, mask, K: tl.constexpr):
+    """How near each centroid is, ``2 x c - c c`` float32, with 255 minus its number in the low byte.
+
+    As ``[T, K / 8, 4, 2]``, and without the two bits of the third axis, which `_nearest` adds: with tensor cores, one
+    lane has all that differs in the others, so that what is added here are constants. `mask` is -256: as an argument,
+    since an instruction takes one constant.
+    """
     score = 2.0 * tl.dot(x, c, input_precision="ieee") - norm[None, :]
-    bits = (score.to(tl.int32, bitcast=True) & -256) | (255 - start - tl.arange(0, K))[None, :]
-    return bits.to(tl.float32, bitcast=True)
+    bits = tl.reshape(score.to(tl.int32, bitcast=True), (x.shape[0], K // 8, 4, 2))
+    tag = (248 - start - 8 * tl.arange(0, K // 8))[:, None, None] + (1 - tl.arange(0, 2))[None, None, :]
+    return ((bits & mask) | tag[None]).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "tiles"])
+@triton.jit
+def _nearest(near):
+    """Number of the nearest centroid of every token."""
+    found = tl.max(tl.max(near, 3), 1).to(tl.int32, bitcast=True) | (6 - 2 * tl.arange(0, 4))[None, :]  # [T, 4]
+    return 255 - (tl.max(found.to(tl.float32, bitcast=True), 1).to(tl.int32, bitcast=True) & 255)
+
+
+@triton.jit(do_not_specialize=[*COUNTS, "tiles", "mask"])
 def _assign_kernel(
     c_ptr, norms_ptr, x_ptr, starts_ptr, inverse_ptr, ids_ptr, centroids_ptr, first_row, rows, heads, frames,
-    frame_tokens, span_tokens, num_centroids, token_stride, head_stride, tiles, D: tl.constexpr, T: tl.constexpr,
+    frame_tokens, span_tokens, num_centroids, token_stride, head_stride, tiles, mask, D: tl.constexpr, T: tl.constexpr,
     BLOCK_K: tl.constexpr, PADDED_K: tl.constexpr, STAGES: tl.constexpr, BALANCED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1)
@@ -130,15 +80,15 @@ def _assign_kernel(
                 frames, frame_tokens, span_tokens, num_centroids, token_stride, head_stride, D, STAGES, BALANCED,
             )  # fmt: skip
         x = x.to(DOT)
-        near = _tagged(x, c, norm, 0, BLOCK_K)
+        near = _tagged(x, c, norm, 0, mask, BLOCK_K)
         if PADDED_K > BLOCK_K:
-            near = tl.maximum(near, _tagged(x, c_second, norm_second, BLOCK_K, BLOCK_K))
+            near = tl.maximum(near, _tagged(x, c_second, norm_second, BLOCK_K, mask, BLOCK_K))
         for more in tl.static_range(2 * BLOCK_K, PADDED_K, BLOCK_K):
             c_more, norm_more = _load_centroids(
                 c_ptr, norms_ptr, inverse_ptr, row, more, num_centroids, D, BLOCK_K, fold, DOT
             )  # fmt: skip
-            near = tl.maximum(near, _tagged(x, c_more, norm_more, more, BLOCK_K))
-        chosen = 255 - (tl.max(near, 1).to(tl.int32, bitcast=True) & 255)
+            near = tl.maximum(near, _tagged(x, c_more, norm_more, more, mask, BLOCK_K))
+        chosen = _nearest(near)
         out = ids_ptr + (STAGES * rows + row).to(tl.int64) * span_tokens + token
         tl.store(out, tl.minimum(chosen, num_centroids - 1).to(tl.uint8), mask=inside)
 
@@ -192,36 +142,13 @@ def _sum_kernel(
         tl.store(counts_ptr + place + number, count, mask=number < num_centroids)
 
 
-@triton.jit(do_not_specialize=["runs", "num_centroids"])
-def _mean_kernel(
-    out_ptr, norms_ptr, kept_ptr, sums_ptr, counts_ptr, inverse_ptr, runs, num_centroids, D: tl.constexpr,
-    K: tl.constexpr, FOLD: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(1)
-    k = tl.program_id(0) * K + tl.arange(0, K)
-    channel = tl.arange(0, D)
-    known = k < num_centroids
-    total = tl.zeros((K, D), tl.float32)
-    count = tl.zeros((K,), tl.int32)
-    for run in range(runs):
-        place = (row * runs + run) * num_centroids + k
-        at = sums_ptr + place[:, None].to(tl.int64) * D + channel
-        total += tl.load(at, mask=known[:, None], other=0.0)  # [K, D]
-        count += tl.load(counts_ptr + place, mask=known, other=0)  # [K]
-    at = (row * num_centroids + k[:, None]) * D + channel
-    kept = tl.load(kept_ptr + at, mask=known[:, None], other=0.0).to(tl.float32)  # [K, D]
-    members = tl.maximum(count, 1).to(tl.float32)[:, None] + tl.zeros((K, D), tl.float32)
-    mean = tl.div_rn(total, members)
-    if FOLD:
-        mean *= tl.load(inverse_ptr + row * D + channel)
-    _keep(out_ptr, norms_ptr, row, k, known, tl.where((count == 0)[:, None], kept, mean), num_centroids, D)
-
-
 def _dot_dtype(group: RowGroup) -> tl.dtype:
     return tl.bfloat16 if group.tokens.base.dtype is torch.bfloat16 else tl.float32
 
 
 ASSIGN = {"T": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
+HOPPER_SUM = {"AHEAD": 3, "num_warps": 8}
+"""Tiles asked for before they are added up."""
 SUM = {"T": SUM_TILE, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
 
 
@@ -244,17 +171,6 @@ def _sum_shape(group: RowGroup) -> dict[str, int]:
     return SUM | {"BLOCK_K": min(width, SUM["BLOCK_K"])}
 
 
-def seed(group: RowGroup, stage: int, seeds: torch.Tensor, out: torch.Tensor) -> None:
-    """Write the residual of the tokens `seeds` ``[num_centroids]`` (int32) of every row to `out`.
-
-    `out` is ``[rows, num_centroids, head_dim]``: bfloat16, with the squared lengths into ``group.norms``, or float32.
-    """
-    _seed_kernel[(cdiv(group.num_centroids, 16), len(group.rows))](
-        out, group.norms, seeds, *group.arguments, D=group.tokens.head_dim, K=16, STAGES=stage,
-        BALANCED=group.inverse is not None, num_warps=4,
-    )  # fmt: skip
-
-
 def assign(group: RowGroup, stage: int) -> None:
     """Write into ``group.ids[stage]`` the nearest centroid of every token, one of them where several are as near.
 
@@ -264,27 +180,52 @@ def assign(group: RowGroup, stage: int) -> None:
     tiles = tokens.frames * cdiv(tokens.frame_tokens, shape["T"])
     per_program = max(1, round(tiles * len(group.rows) / (2 * _processors(group.ids.device))))
     _assign_kernel[(cdiv(tiles, per_program), len(group.rows))](
-        group.centroids[stage], group.norms, *group.arguments, per_program, D=tokens.head_dim,
+        group.centroids[stage], group.norms, *group.arguments, per_program, -256, D=tokens.head_dim,
         PADDED_K=padded(count), STAGES=stage, BALANCED=group.inverse is not None, DOT=_dot_dtype(group), **shape,
     )  # fmt: skip
 
 
-def update(group: RowGroup, stage: int, out: torch.Tensor) -> None:
-    """Write the mean of every centroid's tokens to `out`, as `seed` does; one without tokens keeps its place."""
-    dim, count, rows = group.tokens.head_dim, group.num_centroids, len(group.rows)
+def sum_tokens(group: RowGroup, stage: int, sums: torch.Tensor, counts: torch.Tensor) -> None:
+    """Write the sums of every centroid's tokens, and their number, of every run apart.
+
+    Args:
+        group: the rows.
+        stage: whose ids and residual.
+        sums: ``[rows, runs, num_centroids, head_dim]`` float32; in the first stage of tokens as stored, not balanced.
+        counts: ``[rows, runs, num_centroids]`` int32.
+    """
+    tokens, count = group.tokens, group.num_centroids
+    rows, runs = sums.shape[:2]
+    if stage == 0 and tokens.head_dim in {64, 128} and tokens.base.dtype is torch.bfloat16 and on_hopper(sums.device):
+        from qvg_paged.kernels import _sum_gluon  # noqa: PLC0415 - only for the GPUs it is for
+
+        _sum_gluon.sum_kernel[(runs, rows)](
+            sums, counts, tokens.base, tokens.starts, group.ids, group.rows.start, tokens.heads, tokens.frames,
+            tokens.frame_tokens, tokens.span_tokens, count, tokens.token_stride, tokens.head_stride,
+            D=tokens.head_dim, K=max(128, padded(count)), T=SUM_TILE, RUN=SUM_TOKENS, LANES=padded(SUM_TOKENS),
+            **HOPPER_SUM,
+        )  # fmt: skip
+        return
     shape = _sum_shape(group)
-    runs = sum_runs(group.tokens.frames, group.tokens.frame_tokens)
-    sums = torch.empty((rows, runs, count, dim), dtype=torch.float32, device=group.ids.device)
-    counts = torch.empty((rows, runs, count), dtype=torch.int32, device=group.ids.device)
     _sum_kernel[(runs, rows, cdiv(count, shape["BLOCK_K"]))](
-        sums, counts, *group.arguments, D=dim, RUN=SUM_TOKENS, ALL_K=padded(count),
-        LANES=padded(SUM_TOKENS), STAGES=stage, BALANCED=group.inverse is not None,
-        DOT=_dot_dtype(group), **shape,
+        sums, counts, *group.arguments, D=tokens.head_dim, RUN=SUM_TOKENS, ALL_K=padded(count),
+        LANES=padded(SUM_TOKENS), STAGES=stage, BALANCED=group.inverse is not None, DOT=_dot_dtype(group), **shape,
     )  # fmt: skip
-    _mean_kernel[(cdiv(count, 16), rows)](
-        out, group.norms, group.centroids[stage], sums, counts, group.arguments[2], runs, count, D=dim, K=16,
-        FOLD=group.inverse is not None and stage == 0, num_warps=4,
-    )  # fmt: skip
+
+
+@cache
+def on_hopper(device: torch.device) -> bool:
+    """Whether `device` has the instructions of sm_90, and the installed Triton the Gluon that they are written in.
+
+    Gluon is experimental and changes from release to release of Triton.
+    """
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    try:
+        from qvg_paged.kernels import _sum_gluon  # noqa: F401, PLC0415
+    except Exception:  # whatever another release of Triton raises
+        return False
+    return True
 
 
 def _processors(device: torch.device) -> int:

@@ -4,12 +4,11 @@ from functools import lru_cache
 
 import torch
 
-from qvg_paged.kernels import _encode_triton, _kmeans_triton
+from qvg_paged.kernels import _centroids_triton, _encode_triton, _kmeans_triton
 from qvg_paged.kernels._encode_triton import SpanPlaces
-from qvg_paged.kernels._kmeans_triton import RowGroup
 from qvg_paged.kernels._span_plan import group_rows
 from qvg_paged.kernels._spread_triton import write_spread
-from qvg_paged.kernels._tokens_triton import SpanTokens, check_power_of_two
+from qvg_paged.kernels._tokens_triton import RowGroup, SpanTokens, check_power_of_two, empty_ids
 from qvg_paged.kernels.formats import CentroidType
 from qvg_paged.kernels.kmeans import Centroids, round_centroids, seed_rows
 from qvg_paged.kernels.layout import PartLayout
@@ -56,8 +55,7 @@ def encode_group(
     shape = (codec.stages, len(rows), count, dim)
     group = RowGroup(
         tokens=tokens, rows=rows, inverse=inverse,
-        ids=torch.empty((codec.stages, len(rows), tokens.span_tokens), dtype=torch.uint8, device=device)
-        if given is None else given,
+        ids=empty_ids(codec.stages, len(rows), tokens.span_tokens, device) if given is None else given,
         centroids=torch.empty(shape, dtype=torch.bfloat16, device=device),
         norms=torch.empty(shape[1:3], dtype=torch.float32, device=device),
     )  # fmt: skip
@@ -81,14 +79,15 @@ def _fit(
     search: bool,
 ) -> None:
     """Centroids of a stage and, unless ids are given, the nearest one of every token."""
-    codec, run = layout.codec, _kmeans_triton
+    codec = layout.codec
 
     def keep(means: torch.Tensor) -> None:
+        if scales is not None:
+            _centroids_triton.round_to_fp8(group, stage, means.contiguous(), stored[stage], scales[stage])
+            return
         found = round_centroids(means, codec.centroid_type)
         group.centroids[stage] = found.values
         group.norms.copy_(found.values.float().square().sum(-1))
-        if scales is not None and found.scales is not None:
-            stored[stage], scales[stage] = found.stored, found.scales
 
     exact = scales is None  # bfloat16 centroids are rounded by the kernels themselves
     means = group.centroids[stage] if exact else torch.empty(stored.shape[1:], device=stored.device)
@@ -96,17 +95,17 @@ def _fit(
         keep(initial.float())
     else:
         seeds = _seeds(group.tokens.span_tokens, group.num_centroids, codec.seed + stage, stored.device)
-        run.seed(group, stage, seeds, means)
+        _centroids_triton.seed(group, stage, seeds, means)
         if not exact:
             keep(means)
     if not search:
         return
     for _ in range(codec.iterations):
-        run.assign(group, stage)
-        run.update(group, stage, means)
+        _kmeans_triton.assign(group, stage)
+        _centroids_triton.update(group, stage, means)
         if not exact:
             keep(means)
-    run.assign(group, stage)
+    _kmeans_triton.assign(group, stage)
 
 
 def fit_rows(
@@ -117,13 +116,13 @@ def fit_rows(
     found = round_centroids(initial.contiguous(), kind)
     group = RowGroup(
         tokens=SpanTokens.of(residual.transpose(0, 1), residual.shape[1]), rows=range(len(residual)), inverse=None,
-        ids=torch.empty_like(ids)[None], centroids=found.values.clone()[None],
+        ids=empty_ids(1, *ids.shape, ids.device), centroids=found.values.clone()[None],
         norms=found.values.float().square().sum(-1),
     )  # fmt: skip
     means = torch.empty_like(initial, memory_format=torch.contiguous_format)
     for _ in range(iterations):
         _kmeans_triton.assign(group, 0)
-        _kmeans_triton.update(group, 0, means)
+        _centroids_triton.update(group, 0, means)
         found = round_centroids(means, kind)
         group.centroids[0] = found.values
         group.norms.copy_(found.values.float().square().sum(-1))

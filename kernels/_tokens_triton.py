@@ -12,12 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
+from qvg_paged.kernels._span_plan import SUM_TILE
 from qvg_paged.kernels.errors import ArgumentError
 
 __all__ = [
     "COUNTS",
+    "RowGroup",
     "SpanTokens",
     "check_power_of_two",
+    "empty_ids",
     "load_tile",
     "load_tokens",
     "read_tokens",
@@ -81,6 +84,48 @@ class SpanTokens:
     def span_tokens(self) -> int:
         """Tokens of each tensor."""
         return self.frames * self.frame_tokens
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows that are encoded together, and their workspace.
+
+    Attributes:
+        tokens: the span.
+        rows: rows of the group, counted from the first head of the first tensor.
+        inverse: ``[rows, head_dim]`` float32, reciprocals of the balancing factors; None if the codec keeps none.
+        ids: ``[stages, rows, span_tokens]`` uint8.
+        centroids: ``[stages, rows, num_centroids, head_dim]`` bfloat16, as decoded, natural channel order.
+        norms: ``[rows, num_centroids]`` float32, squared lengths of the centroids of the stage at work.
+    """
+
+    tokens: SpanTokens
+    rows: range
+    inverse: torch.Tensor | None
+    ids: torch.Tensor
+    centroids: torch.Tensor
+    norms: torch.Tensor
+
+    @property
+    def num_centroids(self) -> int:
+        """Centroids per stage and row."""
+        return self.centroids.shape[2]
+
+    @property
+    def arguments(self) -> tuple[object, ...]:
+        """What `read_tokens` takes, in the order of the kernels' parameters."""
+        tokens, base = self.tokens, self.tokens.base
+        return (
+            base, tokens.starts, base if self.inverse is None else self.inverse, self.ids, self.centroids,
+            self.rows.start, len(self.rows), tokens.heads, tokens.frames, tokens.frame_tokens, tokens.span_tokens,
+            self.num_centroids, tokens.token_stride, tokens.head_stride,
+        )  # fmt: skip
+
+
+def empty_ids(stages: int, rows: int, span_tokens: int, device: torch.device) -> torch.Tensor:
+    """Ids of a `RowGroup`, uninitialised; what follows them can be read up to a tile's end."""
+    count = stages * rows * span_tokens
+    return torch.empty(count + SUM_TILE, dtype=torch.uint8, device=device)[:count].view(stages, rows, span_tokens)
 
 
 @triton.jit

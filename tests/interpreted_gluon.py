@@ -80,6 +80,10 @@ class _Language:
     def convert_layout(self, x: Any, _: object) -> Any:
         return x
 
+    def histogram(self, x: Any, bins: int, layout: object = None) -> Any:
+        del layout
+        return tl.histogram(x, _plain(bins))
+
     def inline_asm_elementwise(self, asm: Any, _: str, inputs: list[Any], dtype: Any, **__: object) -> Any:
         words = [_words(x) for x in inputs]
         shape = [_plain(n) for n in inputs[0].shape]
@@ -135,6 +139,9 @@ def _bf16(bits: np.ndarray) -> np.ndarray:
 def _emulate_bfloat16(asm: str, words: list[np.ndarray]) -> list[list[np.ndarray]]:
     if "fma.rn.bf16x2" in asm:
         return _levels(asm, *words)
+    if "set.eq.bf16x2" in asm:
+        first, second = words
+        return [[np.where((first ^ second) >> 16 * i & 0xFFFF, 0, 0x3F80) for i in range(2)]]
     single = torch.from_numpy((words[0] & 0xFF).astype(np.uint8)).view(torch.float8_e4m3fn).float().numpy()
     return [[(single.view(np.uint32) >> 16) * np.uint32(0x10001)]]
 
@@ -157,6 +164,22 @@ def _fused(a: Any, b: _Shared, acc: Any, *, use_acc: bool = True, **_: object) -
     return acc + made if use_acc else made
 
 
+class _AsyncCopy:
+    """Copies that are there at once."""
+
+    @staticmethod
+    def async_copy_global_to_shared(shared: _Shared, at: Any, mask: Any = None) -> None:
+        shared.store(tl.load(at, mask=mask, other=0.0))
+
+    @staticmethod
+    def commit_group() -> None:
+        pass
+
+    @staticmethod
+    def wait_group(_: int) -> None:
+        pass
+
+
 def _product(a: Any, b: Any, acc: Any) -> Any:
     return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
 
@@ -169,7 +192,8 @@ def interpreted(path: Path) -> types.ModuleType:
     module = types.ModuleType("interpreted_" + path.stem)
     module.__dict__.update(gl=_Language(), gluon=types.SimpleNamespace(jit=triton.jit), mma_v2=_product, tl=tl)
     module.__dict__.update(
-        warpgroup_mma=_fused, warpgroup_mma_wait=lambda _, values: values[0], fence_async_shared=lambda: None
+        warpgroup_mma=_fused, warpgroup_mma_wait=lambda _, values: values[0], fence_async_shared=lambda: None,
+        async_copy=_AsyncCopy,
     )
     module.__file__ = str(path)
     sys.modules[module.__name__] = module

@@ -1,5 +1,6 @@
 """K-means of the smoothing stages: seeds, assignment, sums, rounding."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,10 +24,10 @@ def clustered(heads: int, tokens: int, dim: int, clusters: int) -> tuple[torch.T
 
 def row_group(x: torch.Tensor, count: int) -> Any:
     """The rows ``[heads, tokens, dim]`` of `x` as the Triton launchers take them, with a workspace of `count`."""
-    from qvg_paged.kernels import _kmeans_triton, _tokens_triton  # noqa: PLC0415 - after the interpreter was chosen
+    from qvg_paged.kernels import _tokens_triton  # noqa: PLC0415 - after the interpreter was chosen
 
     heads, tokens, dim = x.shape
-    return _kmeans_triton.RowGroup(
+    return _tokens_triton.RowGroup(
         tokens=_tokens_triton.SpanTokens.of(x.transpose(0, 1), tokens), rows=range(heads), inverse=None,
         ids=torch.zeros(1, heads, tokens, dtype=torch.uint8, device=x.device),
         centroids=torch.zeros(1, heads, count, dim, dtype=torch.bfloat16, device=x.device),
@@ -105,11 +106,11 @@ def test_means_are_those_of_the_members_and_without_members_a_centroid_stays(tri
     ids = torch.randint(0, 3, (2, tokens)).to(torch.uint8)
     before, means = torch.randn(2, 5, 16).bfloat16(), torch.empty(2, 5, 16)
     if triton:
-        from qvg_paged.kernels import _kmeans_triton  # noqa: PLC0415
+        from qvg_paged.kernels import _centroids_triton  # noqa: PLC0415
 
         group = row_group(x, 5)
         group.ids[0], group.centroids[0] = ids, before
-        _kmeans_triton.update(group, 0, means)
+        _centroids_triton.update(group, 0, means)
     else:
         reference.centroid_means(x, ids, before, means)
     for head in range(2):
@@ -161,6 +162,49 @@ def test_fp8_centroids_are_in_range_and_rounding_twice_changes_nothing(size: flo
     assert float((wide - x).abs().max()) <= max(size, 1e-9) * 2**-4
     again = round_centroids(found.values.float(), CentroidType.FP8)
     assert torch.equal(again.values, found.values)
+
+
+def test_a_launch_rounds_centroids_to_fp8_as_the_twin_does() -> None:
+    from qvg_paged.kernels import _centroids_triton  # noqa: PLC0415
+
+    x = torch.randn(5, 37, 64) * torch.tensor([0.0, 1e-6, 1.0, 447.9, 3e4])[:, None, None]
+    x[:, 3, 5:9] = torch.tensor([0.0, -0.0, 1e-30, -3e-12])
+    group = row_group(torch.zeros(5, 40, 64), 37)
+    stored, scales = torch.empty_like(x, dtype=torch.float8_e4m3fn), torch.empty(5)
+    _centroids_triton.round_to_fp8(group, 0, x, stored, scales)
+    twin = round_centroids(x, CentroidType.FP8)
+    assert twin.scales is not None
+    assert torch.equal(scales, twin.scales)
+    assert torch.equal(stored.view(torch.uint8), twin.stored.view(torch.uint8))
+    assert torch.equal(group.centroids[0], twin.values)
+    torch.testing.assert_close(group.norms, twin.values.float().square().sum(-1))
+
+
+@pytest.mark.parametrize("frame_tokens", [64, 100, 131])
+def test_tensor_cores_add_up_the_tokens_of_every_centroid(frame_tokens: int) -> None:
+    """The kernel for Hopper, interpreted: two runs of tiles, and frames that end inside one."""
+    if torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is off where there is a GPU")
+    from interpreted_gluon import interpreted  # noqa: PLC0415
+
+    kernel = interpreted(Path(reference.__file__).parent / "_sum_gluon.py").sum_kernel
+    frames, heads, dim, count = 3, 2, 64, 130
+    x = torch.randn(frames, frame_tokens, heads, dim).bfloat16()
+    tokens = frames * frame_tokens
+    ids = torch.randint(0, count, (heads * tokens + 64,)).to(torch.uint8)
+    starts = (torch.arange(frames) * x.stride(0))[None]
+    tiles = frames * -(-frame_tokens // 64)
+    runs = -(-tiles // 2)
+    sums, counts = torch.zeros(heads, runs, count, dim), torch.zeros(heads, runs, count, dtype=torch.int32)
+    kernel[(runs, heads)](
+        sums, counts, x, starts, ids, 0, heads, frames, frame_tokens, tokens, count, heads * dim, dim, D=dim, K=256,
+        T=64, RUN=128, LANES=128, AHEAD=2,
+    )  # fmt: skip
+    for head in range(heads):
+        mine = ids[head * tokens : (head + 1) * tokens].long()
+        exact = torch.zeros(count, dim).double().index_add_(0, mine, x[:, :, head].flatten(0, 1).double())
+        torch.testing.assert_close(sums[head].sum(0).double(), exact, rtol=0, atol=1e-4)
+        assert torch.equal(counts[head].sum(0), torch.bincount(mine, minlength=count))
 
 
 @pytest.mark.gpu
