@@ -9,6 +9,7 @@ from qvg_paged.kernels._kmeans_triton import sum_tokens
 from qvg_paged.kernels._quantise_triton import fp8_byte, fp8_value
 from qvg_paged.kernels._span_plan import cdiv, padded, sum_runs
 from qvg_paged.kernels._tokens_triton import COUNTS, RowGroup, read_tokens, rounded_to_bf16
+from qvg_paged.kernels.launch import launch
 
 __all__ = ["round_to_fp8", "seed", "update"]
 
@@ -103,7 +104,8 @@ def seed(group: RowGroup, stage: int, seeds: torch.Tensor, out: torch.Tensor) ->
 
     `out` is ``[rows, num_centroids, head_dim]``: bfloat16, with the squared lengths into ``group.norms``, or float32.
     """
-    _seed_kernel[(cdiv(group.num_centroids, 16), len(group.rows))](
+    launch(
+        _seed_kernel, (cdiv(group.num_centroids, 16), len(group.rows)),
         out, group.norms, seeds, *group.arguments, D=group.tokens.head_dim, K=16, STAGES=stage,
         BALANCED=group.inverse is not None, num_warps=4,
     )  # fmt: skip
@@ -116,7 +118,8 @@ def update(group: RowGroup, stage: int, out: torch.Tensor) -> None:
     sums = torch.empty((rows, runs, count, dim), dtype=torch.float32, device=group.ids.device)
     counts = torch.empty((rows, runs, count), dtype=torch.int32, device=group.ids.device)
     sum_tokens(group, stage, sums, counts)
-    _mean_kernel[(cdiv(count, 16), rows)](
+    launch(
+        _mean_kernel, (cdiv(count, 16), rows),
         out, group.norms, group.centroids[stage], sums, counts, group.arguments[2], runs, count, D=dim, K=16,
         FOLD=group.inverse is not None and stage == 0, num_warps=4,
     )  # fmt: skip
@@ -133,7 +136,8 @@ def round_to_fp8(group: RowGroup, stage: int, means: torch.Tensor, stored: torch
         scales: ``[rows]`` float32, written.
     """
     rows, count, dim = means.shape
-    _round_kernel[(rows,)](
+    launch(
+        _round_kernel, (rows,),
         stored.view(torch.uint8), scales, group.centroids[stage], group.norms, means, count, D=dim,
         K=min(padded(count), 4096 // dim), ALL_K=padded(count), FP8_MAX=FP8_MAX, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip

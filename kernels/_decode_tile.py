@@ -116,8 +116,8 @@ def _wide(loaded, scale_ptr, FP8: tl.constexpr):
 def _levels(bytes_, bias, shift: tl.constexpr, BITS: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr):
     """Levels of the codes at bit `shift`, float32, times what `_scales` divides by: bits in place, no conversion.
 
-    The bits become the last places of `bias`, which is 2**23. With steps of two, the middle of the lowest codes is not a
-    whole number: they alone are shifted.
+    The bits become the last places of `bias`, which is 2**23: as an argument, since an instruction takes one constant.
+    With steps of two, the middle of the lowest codes is not a whole number: they alone are shifted.
     """
     halves: tl.constexpr = STEP == 2 and shift == 0
     middle: tl.constexpr = TOP if halves else TOP * (1 << shift) // STEP

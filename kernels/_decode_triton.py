@@ -164,9 +164,9 @@ def decode_pages(
         return
     blocks, values = cdiv(layout.tokens, 32), buffer[: buffer.numel() // 4 * 4].view(layout.dtype)
     launch(
-        _dense_kernel, (blocks * len(pages), layout.heads), out, values, pages.contiguous(), *tables, part_offset, layout.tokens, layout.heads, blocks, out.stride(0),
-        out.stride(1), D=layout.head_dim, R=32, ROPE=rope is not None, INTERLEAVED=interleaved, UNIT=GRANULE,
-        ITEM=layout.dtype.itemsize, num_warps=4, enable_fp_fusion=False,
+        _dense_kernel, (blocks * len(pages), layout.heads), out, values, pages.contiguous(), *tables, part_offset,
+        layout.tokens, layout.heads, blocks, *out.stride()[:2], D=layout.head_dim, R=32, ROPE=rope is not None,
+        INTERLEAVED=interleaved, UNIT=GRANULE, ITEM=layout.dtype.itemsize, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -219,7 +219,8 @@ def _launch(
     rows = code_rows(layout.tokens, codec.grid.bits)
     blocks, groups = cdiv(rows, block), cdiv(layout.heads, together)
     launch(
-        _decode_kernel, (blocks * len(pages), groups, 1 + both), *outs, buffer, pages.contiguous(), codebooks.contiguous(), *tables, *offsets, planes["scales"],
+        _decode_kernel, (blocks * len(pages), groups, 1 + both), *outs, buffer, pages.contiguous(),
+        codebooks.contiguous(), *tables, *offsets, planes["scales"],
         planes.get("ids", 0), planes.get("centroid_scales", 0), planes.get("balance", 0), layout.tokens, layout.heads,
         layout.num_centroids, rows, blocks, *outs[0].stride()[:2], *outs[1].stride()[:2], BIAS, D=dim,
         B=codec.block_size, R=block, H=together, BITS=codec.grid.bits, TILE=TILE_TOKENS, TOP=codec.grid.max_level,

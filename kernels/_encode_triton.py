@@ -17,6 +17,7 @@ import triton.language as tl
 from qvg_paged.kernels._quantise_triton import quantise, quantise_constants
 from qvg_paged.kernels._span_plan import cdiv
 from qvg_paged.kernels._tokens_triton import COUNTS, RowGroup, SpanTokens, check_power_of_two, read_tokens
+from qvg_paged.kernels.launch import launch
 from qvg_paged.kernels.layout import TILE_TOKENS, PartLayout, code_rows
 
 __all__ = ["SpanPlaces", "pack", "quantise_pack", "write_centroids"]
@@ -165,7 +166,8 @@ def _launch(group: RowGroup, places: SpanPlaces, *, stages_left: int, balanced: 
     ends = {name: plane.offset + plane.nbytes for name, plane in planes.items()}
     rows = code_rows(layout.tokens, codec.grid.bits)
     block, warps = (PACK["R"], PACK["num_warps"]) if dim <= 128 else (8, 4)
-    _pack_kernel[(cdiv(rows, block), tokens.frames, len(group.rows))](
+    launch(
+        _pack_kernel, (cdiv(rows, block), tokens.frames, len(group.rows)),
         places.buffer, places.parts, *group.arguments, _reciprocal(codec.grid.max_level), rows, places.split,
         planes["scales"].offset, planes["ids"].offset if "ids" in planes else layout.nbytes, ends["codes"],
         ends["scales"], ends.get("ids", layout.nbytes), layout.nbytes, D=dim, R=block, BITS=codec.grid.bits,
@@ -190,7 +192,8 @@ def write_centroids(group: RowGroup, places: SpanPlaces, stored: torch.Tensor, s
     """
     layout, raw = places.layouts[0], torch.uint8 if scales is not None else torch.int16
     stages, rows, count, dim = stored.shape
-    _book_kernel[(cdiv(count, 16), rows, stages)](
+    launch(
+        _book_kernel, (cdiv(count, 16), rows, stages),
         places.buffer, places.books, stored.view(raw), stored.view(raw) if scales is None else scales,
         group.rows.start, rows, group.tokens.heads, count, layout.plane("centroids").offset,
         0 if scales is None else layout.plane("centroid_scales").offset, places.split, D=dim, K=16,

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from qvg_paged.kernels._span_plan import SUM_TILE, SUM_TOKENS, cdiv, padded
 from qvg_paged.kernels._tokens_triton import COUNTS, RowGroup, load_tile, read_tokens, tile_tokens
+from qvg_paged.kernels.launch import launch
 
 __all__ = ["assign", "on_hopper", "sum_tokens"]
 
@@ -179,7 +180,8 @@ def assign(group: RowGroup, stage: int) -> None:
     shape, tokens, count = _assign_shape(group), group.tokens, group.num_centroids
     tiles = tokens.frames * cdiv(tokens.frame_tokens, shape["T"])
     per_program = max(1, round(tiles * len(group.rows) / (2 * _processors(group.ids.device))))
-    _assign_kernel[(cdiv(tiles, per_program), len(group.rows))](
+    launch(
+        _assign_kernel, (cdiv(tiles, per_program), len(group.rows)),
         group.centroids[stage], group.norms, *group.arguments, per_program, -256, D=tokens.head_dim,
         PADDED_K=padded(count), STAGES=stage, BALANCED=group.inverse is not None, DOT=_dot_dtype(group), **shape,
     )  # fmt: skip
@@ -199,7 +201,8 @@ def sum_tokens(group: RowGroup, stage: int, sums: torch.Tensor, counts: torch.Te
     if stage == 0 and tokens.head_dim in {64, 128} and tokens.base.dtype is torch.bfloat16 and on_hopper(sums.device):
         from qvg_paged.kernels import _sum_gluon  # noqa: PLC0415 - only for the GPUs it is for
 
-        _sum_gluon.sum_kernel[(runs, rows)](
+        launch(
+            _sum_gluon.sum_kernel, (runs, rows),
             sums, counts, tokens.base, tokens.starts, group.ids, group.rows.start, tokens.heads, tokens.frames,
             tokens.frame_tokens, tokens.span_tokens, count, tokens.token_stride, tokens.head_stride,
             D=tokens.head_dim, K=max(128, padded(count)), T=SUM_TILE, RUN=SUM_TOKENS, LANES=padded(SUM_TOKENS),
@@ -207,7 +210,8 @@ def sum_tokens(group: RowGroup, stage: int, sums: torch.Tensor, counts: torch.Te
         )  # fmt: skip
         return
     shape = _sum_shape(group)
-    _sum_kernel[(runs, rows, cdiv(count, shape["BLOCK_K"]))](
+    launch(
+        _sum_kernel, (runs, rows, cdiv(count, shape["BLOCK_K"])),
         sums, counts, *group.arguments, D=tokens.head_dim, RUN=SUM_TOKENS, ALL_K=padded(count),
         LANES=padded(SUM_TOKENS), STAGES=stage, BALANCED=group.inverse is not None, DOT=_dot_dtype(group), **shape,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from qvg_paged.kernels._span_plan import MOMENT_TOKENS, cdiv
 from qvg_paged.kernels._span_torch import spread_resolution
 from qvg_paged.kernels._tokens_triton import COUNTS, SpanTokens, load_tile, load_tokens, rounded_to_bf16
 from qvg_paged.kernels.formats import BalanceRule
+from qvg_paged.kernels.launch import launch
 from qvg_paged.kernels.layout import PartLayout
 from qvg_paged.kernels.rope import RoPELayout
 
@@ -108,14 +109,16 @@ def write_spread(
     runs = cdiv(tokens.frames * cdiv(tokens.frame_tokens, size), MOMENT_TOKENS // size)
     moments = torch.empty((len(group), runs, 3, dim), dtype=torch.float64, device=device)
     inverse = torch.empty((len(group), dim), dtype=torch.float32, device=device)
-    _moments_kernel[(runs, len(group))](
+    launch(
+        _moments_kernel, (runs, len(group)),
         moments, tokens.base, tokens.starts, group.start, tokens.heads, tokens.frames, tokens.frame_tokens,
         tokens.token_stride, tokens.head_stride, D=dim, T=size, RUN=MOMENT_TOKENS,
         num_warps=4,
     )  # fmt: skip
     pairings = sum(PAIRINGS[layout.pairing] << (2 * number) for number, layout in enumerate(layouts))
     split = sum(int(layout.split_pairs) << number for number, layout in enumerate(layouts))
-    _spread_kernel[(len(group),)](
+    launch(
+        _spread_kernel, (len(group),),
         inverse, buffer, books, moments, group.start, tokens.heads, tokens.span_tokens, runs,
         layouts[0].plane("balance").offset, spread_resolution(tokens.base.dtype), torch.finfo(torch.bfloat16).tiny,
         pairings, split, D=dim, ROOT=layouts[0].codec.balance_rule is BalanceRule.ROOT, num_warps=4,

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from qvg_paged.kernels import fp8_attention
-from qvg_paged.kernels.decode import decode_pages
+from qvg_paged.kernels.decode import decode_layer
 from qvg_paged.kernels.layout import PageLayout, PartLayout
 from qvg_paged.kernels.lookahead import Step
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec
@@ -101,12 +101,8 @@ class Decoder:
         for run in piece.runs:
             layout = self.layouts[run.fmt]
             tokens = slice(begin, begin + run.count * layout.key.tokens)
-            decode_pages(
-                self.buffer, run.pages, run.codebooks, layout.key, layout.key_offset(layer),
-                layout.key_codebook_offset(layer), keys[tokens], rope=run.rope, rope_layout=rope_layout,
-            )  # fmt: skip
-            decode_pages(
-                self.buffer, run.pages, run.codebooks, layout.value, layout.value_offset(layer),
-                layout.value_codebook_offset(layer), values[tokens],
+            decode_layer(
+                self.buffer, run.pages, run.codebooks, layout, layer, keys[tokens], values[tokens], rope=run.rope,
+                rope_layout=rope_layout,
             )  # fmt: skip
             begin = tokens.stop

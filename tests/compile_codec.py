@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from qvg_paged.kernels import _decode_triton, _span_triton
+from qvg_paged.kernels import _decode_triton, _kmeans_triton, _span_triton
+from qvg_paged.kernels import launch as launch_module
 from qvg_paged.kernels.formats import DENSE_CODEC, FORMATS, CentroidType, Codec, ScaleRule
 from qvg_paged.kernels.layout import PartLayout
-from qvg_paged.kernels.rope import RoPELayout, RoPESpec, RoPETables
+from qvg_paged.kernels.rope import RoPELayout, RoPESpec
 
 HEADS, GRID, FRAMES = 3, (15, 20), 2
 TOKENS = GRID[0] * GRID[1]
@@ -73,8 +74,14 @@ def record_launches() -> list[dict[str, Any]]:
             rows.append({**row, "grid": list(grid)})
         return kernel
 
+    def bound(kernel: Any, _: int, grid: tuple[int, ...], args: Any, constants: dict[str, Any]) -> Any:
+        kernel.run(*args, grid=grid, warmup=True, **constants)
+        return lambda stream: None
+
     triton.runtime.driver.set_active(Driver())
     triton.runtime.jit.JITFunction.run = compile_only
+    launch_module._bound = bound
+    torch.cuda.current_device = lambda: 0
     return rows
 
 
@@ -108,11 +115,16 @@ def launch_codec(codec: Codec, dtype: torch.dtype, dim: int) -> None:
         for start in range(4):
             pages = torch.zeros(8, dtype=torch.int32)[start : start + 2]
             some = slice(start, start + 2)
-            tables = rope and RoPETables(rope.cos_frame[some], rope.sin_frame[some], rope.cos_space, rope.sin_space)
+            tables = rope and rope.of_frames(some)
             out = torch.zeros(2 * TOKENS, HEADS, dim, dtype=dtype)
             _decode_triton.decode_pages(
                 buffer, pages, pages, layout, start * (1 << 16), 0, out, tables, RoPELayout.INTERLEAVED
             )
+            if not codec.is_dense:
+                offsets = (start * (1 << 16), 0, 64, 16)
+                _decode_triton.decode_both(
+                    buffer, pages, pages, layout, offsets, (out, out), tables, RoPELayout.INTERLEAVED
+                )
 
 
 def main() -> None:
@@ -124,6 +136,7 @@ def main() -> None:
         print(f"no compiler for sm_90: {error}")  # noqa: T201
         sys.exit(77)
     torch.set_num_threads(1)
+    _kmeans_triton.on_hopper = lambda device: True
     rows, compiled = record_launches(), []
     for name, dtype, dim in VARIANTS:
         before = len(rows)

@@ -16,6 +16,7 @@ import torch
 
 from qvg_paged.kernels.backend import Backend
 from qvg_paged.kernels.codec import EncodedSpan, decode_span, encode_span
+from qvg_paged.kernels.decode import decode_layer, decode_pages
 from qvg_paged.kernels.encode import encode_part
 from qvg_paged.kernels.errors import ArgumentError
 from qvg_paged.kernels.formats import DENSE_CODEC, QVG, BalanceRule, CentroidType, Codec, Grid, ScaleRule, get_format
@@ -101,13 +102,36 @@ def test_the_kernels_compile_for_hopper_once_per_codec() -> None:
     assert all(row["shared"] <= 227 * 1024 and max(row["grid"][1:], default=1) < 1 << 16 for row in compiled)
     variants = Counter((row["kernel"], row["codec"], row["dtype"], row["head_dim"]) for row in compiled)
     assert {kernel for kernel, *_ in variants} == {
-        "_moments_kernel", "_spread_kernel", "_seed_kernel", "_assign_kernel", "_sum_kernel", "_mean_kernel",
-        "_book_kernel", "_pack_kernel", "_decode_kernel", "_dense_kernel",
+        "_moments_kernel", "_spread_kernel", "_seed_kernel", "_assign_kernel", "_sum_kernel", "sum_kernel",
+        "_mean_kernel", "_round_kernel", "_book_kernel", "_pack_kernel", "_decode_kernel", "_dense_kernel",
     }  # fmt: skip
-    by_stage = ("_seed_kernel", "_assign_kernel", "_sum_kernel")
+    expected = {"_decode_kernel": 4, "_dense_kernel": 2}  # rotated or not, one tensor or both
     for (kernel, codec, *_), count in variants.items():
-        rotated_or_not = kernel in ("_decode_kernel", "_dense_kernel")
-        assert count == (2 if rotated_or_not or (kernel in by_stage and codec == "qvg-pro") else 1)
+        every_stage = codec == "qvg-pro" and kernel in ("_seed_kernel", "_assign_kernel")
+        assert count == (2 if every_stage else expected.get(kernel, 1))
+
+
+@pytest.mark.parametrize("fmt", ["qvg4-int2", "best-2bit", "dense"])
+def test_a_layer_decodes_to_what_its_tensors_do_by_themselves(fmt: str) -> None:
+    """K and V in one launch, keys turned; the tokens of a page end inside a tile."""
+    heads, dim, tokens = 3, 64, 270
+    layout = PageLayout.build(
+        get_format(fmt), num_layers=2, tokens=tokens, heads=heads, head_dim=dim, dtype=torch.float16,
+        span_tokens=2 * tokens, split_pairs=True,
+    )  # fmt: skip
+    unit = -(-max(layout.page_nbytes, layout.codebook_nbytes) // GRANULE)
+    pool = torch.randint(0, 64, (4 * unit * GRANULE,), dtype=torch.uint8, device=DEVICE)  # finite, whatever it is
+    pages, books = (torch.tensor(ids, dtype=torch.int32, device=DEVICE) * unit for ids in ([2, 0], [3, 3]))
+    tables = RoPESpec(head_dim=dim, grid=(27, 10)).tables([4.0, 1.0], DEVICE)
+    for rope in (None, tables):
+        found, twins = torch.zeros(2, 2, 2 * tokens, heads, dim, dtype=torch.float16, device=DEVICE)
+        decode_layer(pool, pages, books, layout, 1, *found, rope=rope, backend=Backend.TRITON)
+        for part, out, turn, offsets in (
+            (layout.key, twins[0], rope, (layout.key_offset(1), layout.key_codebook_offset(1))),
+            (layout.value, twins[1], None, (layout.value_offset(1), layout.value_codebook_offset(1))),
+        ):
+            decode_pages(pool, pages, books, part, *offsets, out, rope=turn, backend=Backend.TORCH)
+        assert torch.equal(found, twins)
 
 
 def test_triton_refuses_head_dims_it_has_no_tile_for() -> None:

@@ -11,7 +11,7 @@ from bench.released import ReleasedHistory, decode_gate
 from bench.roofline import Work
 from bench.rows import Case, Gate, System
 from bench.settings import Bench
-from qvg_paged.kernels import decode_pages
+from qvg_paged.kernels import decode_layer, decode_pages
 from qvg_paged.kernels.backend import Backend
 from qvg_paged.kernels.rope import RoPELayout
 
@@ -65,12 +65,17 @@ def _decoder(history: History, numbers: tuple[int, ...], outs: list[torch.Tensor
     tables = None if rope is None else rope.tables(history.table.positions, history.device)
 
     def run(layer: int) -> None:
-        for number, out in zip(numbers, outs, strict=True):
-            part, offset, book_offset = history.parts(layer)[number]
-            decode_pages(
-                history.buffer, group.pages, group.codebooks, part, offset, book_offset, out,
-                rope=tables if number == 0 else None, rope_layout=RoPELayout.INTERLEAVED,
+        if len(outs) == 2:
+            decode_layer(
+                history.buffer, group.pages, group.codebooks, history.layout, layer, *outs, rope=tables,
+                rope_layout=RoPELayout.INTERLEAVED,
             )  # fmt: skip
+            return
+        part, offset, book_offset = history.parts(layer)[numbers[0]]
+        decode_pages(
+            history.buffer, group.pages, group.codebooks, part, offset, book_offset, *outs, rope=tables,
+            rope_layout=RoPELayout.INTERLEAVED,
+        )  # fmt: skip
 
     return run
 
