@@ -205,9 +205,9 @@ def decode_head(
     scales, smooth = (), ()
     for place in tl.static_range(8 // BITS):
         at = at_place(scales_ptr, row, size, stride, place, WHOLE)
-        scales += (_both_scales(at, tokens, BITS * place, D, B, STEP, INTERLEAVED),)
+        scales += (_both_scales(at, tokens, BITS * place, D, B, STEP, INTERLEAVED),)  # type: ignore[assignment]
         at = at_place(ids_ptr, row, size, stride, place, WHOLE)
-        smooth += (_centroids(at, centroids_ptr, STAGES, D, INTERLEAVED, SPLIT),)
+        smooth += (_centroids(at, centroids_ptr, STAGES, D, INTERLEAVED, SPLIT),)  # type: ignore[assignment]
     for place in tl.static_range(8 // BITS):
         first = _levels(bytes_a, bias, BITS * place, BITS, TOP, STEP)
         second = _levels(bytes_b, bias, BITS * place, BITS, TOP, STEP)

@@ -106,7 +106,8 @@ def _decode_tile(
     turns = ()
     for place in tl.static_range(8 // BITS):
         token = at_place(first_token, row, size, stride, place, WHOLE)
-        turns += (angles(cos_frame_ptr, sin_frame_ptr, cos_space_ptr, sin_space_ptr, token, D, ROPE),)
+        turn = angles(cos_frame_ptr, sin_frame_ptr, cos_space_ptr, sin_space_ptr, token, D, ROPE)
+        turns += (turn,)  # type: ignore[assignment]
     last = first_head + 1 if H == 1 else tl.minimum(first_head + H, heads)
     for head in tl.range(first_head, last):
         decode_head(

@@ -82,12 +82,11 @@ def _fit(
     codec = layout.codec
 
     def keep(means: torch.Tensor) -> None:
-        if scales is not None:
-            _centroids_triton.round_to_fp8(group, stage, means.contiguous(), stored[stage], scales[stage])
-            return
         found = round_centroids(means, codec.centroid_type)
         group.centroids[stage] = found.values
         group.norms.copy_(found.values.float().square().sum(-1))
+        if scales is not None and found.scales is not None:
+            stored[stage], scales[stage] = found.stored, found.scales
 
     exact = scales is None  # bfloat16 centroids are rounded by the kernels themselves
     means = group.centroids[stage] if exact else torch.empty(stored.shape[1:], device=stored.device)
@@ -116,7 +115,7 @@ def fit_rows(
     found = round_centroids(initial.contiguous(), kind)
     group = RowGroup(
         tokens=SpanTokens.of(residual.transpose(0, 1), residual.shape[1]), rows=range(len(residual)), inverse=None,
-        ids=empty_ids(1, *ids.shape, ids.device), centroids=found.values.clone()[None],
+        ids=empty_ids(1, len(ids), ids.shape[1], ids.device), centroids=found.values.clone()[None],
         norms=found.values.float().square().sum(-1),
     )  # fmt: skip
     means = torch.empty_like(initial, memory_format=torch.contiguous_format)

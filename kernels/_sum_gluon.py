@@ -12,6 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 __all__ = ["sum_kernel"]
 
+load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+"""Its name differs between releases of Triton."""
 EQUAL = gl.constexpr("set.eq.bf16x2.bf16x2 $0, $1, $2;")
 
 
@@ -24,7 +26,7 @@ def _copy_tile(
     token = gl.arange(0, T, gl.SliceLayout(1, LOAD))
     start = gl.multiple_of(gl.load(starts_ptr + frame), 16) + first.to(gl.int64) * token_stride
     at = (token.to(gl.int64) * token_stride)[:, None] + gl.arange(0, D, gl.SliceLayout(0, LOAD))[None, :]
-    async_copy.async_copy_global_to_shared(shared, x_ptr + start + at, mask=(token < frame_tokens - first)[:, None])
+    load_async(shared, x_ptr + start + at, mask=(token < frame_tokens - first)[:, None])
 
 
 @gluon.jit

@@ -76,7 +76,7 @@ def record_launches() -> list[dict[str, Any]]:
 
     def bound(kernel: Any, _: int, grid: tuple[int, ...], args: Any, constants: dict[str, Any]) -> Any:
         kernel.run(*args, grid=grid, warmup=True, **constants)
-        return lambda stream: None
+        return lambda _: None
 
     triton.runtime.driver.set_active(Driver())
     triton.runtime.jit.JITFunction.run = compile_only
@@ -136,7 +136,7 @@ def main() -> None:
         print(f"no compiler for sm_90: {error}")  # noqa: T201
         sys.exit(77)
     torch.set_num_threads(1)
-    _kmeans_triton.on_hopper = lambda device: True
+    _kmeans_triton.on_hopper = lambda _: True
     rows, compiled = record_launches(), []
     for name, dtype, dim in VARIANTS:
         before = len(rows)

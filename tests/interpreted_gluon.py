@@ -168,7 +168,7 @@ class _AsyncCopy:
     """Copies that are there at once."""
 
     @staticmethod
-    def async_copy_global_to_shared(shared: _Shared, at: Any, mask: Any = None) -> None:
+    def async_load(shared: _Shared, at: Any, mask: Any = None) -> None:
         shared.store(tl.load(at, mask=mask, other=0.0))
 
     @staticmethod

@@ -103,7 +103,7 @@ def test_the_kernels_compile_for_hopper_once_per_codec() -> None:
     variants = Counter((row["kernel"], row["codec"], row["dtype"], row["head_dim"]) for row in compiled)
     assert {kernel for kernel, *_ in variants} == {
         "_moments_kernel", "_spread_kernel", "_seed_kernel", "_assign_kernel", "_sum_kernel", "sum_kernel",
-        "_mean_kernel", "_round_kernel", "_book_kernel", "_pack_kernel", "_decode_kernel", "_dense_kernel",
+        "_mean_kernel", "_book_kernel", "_pack_kernel", "_decode_kernel", "_dense_kernel",
     }  # fmt: skip
     expected = {"_decode_kernel": 4, "_dense_kernel": 2}  # rotated or not, one tensor or both
     for (kernel, codec, *_), count in variants.items():
@@ -120,7 +120,7 @@ def test_a_layer_decodes_to_what_its_tensors_do_by_themselves(fmt: str) -> None:
         span_tokens=2 * tokens, split_pairs=True,
     )  # fmt: skip
     unit = -(-max(layout.page_nbytes, layout.codebook_nbytes) // GRANULE)
-    pool = torch.randint(0, 64, (4 * unit * GRANULE,), dtype=torch.uint8, device=DEVICE)  # finite, whatever it is
+    pool = torch.randint(0, 5, (4 * unit * GRANULE,), dtype=torch.uint8, device=DEVICE)  # ids that are there
     pages, books = (torch.tensor(ids, dtype=torch.int32, device=DEVICE) * unit for ids in ([2, 0], [3, 3]))
     tables = RoPESpec(head_dim=dim, grid=(27, 10)).tables([4.0, 1.0], DEVICE)
     for rope in (None, tables):

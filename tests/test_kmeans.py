@@ -164,22 +164,6 @@ def test_fp8_centroids_are_in_range_and_rounding_twice_changes_nothing(size: flo
     assert torch.equal(again.values, found.values)
 
 
-def test_a_launch_rounds_centroids_to_fp8_as_the_twin_does() -> None:
-    from qvg_paged.kernels import _centroids_triton  # noqa: PLC0415
-
-    x = torch.randn(5, 37, 64) * torch.tensor([0.0, 1e-6, 1.0, 447.9, 3e4])[:, None, None]
-    x[:, 3, 5:9] = torch.tensor([0.0, -0.0, 1e-30, -3e-12])
-    group = row_group(torch.zeros(5, 40, 64), 37)
-    stored, scales = torch.empty_like(x, dtype=torch.float8_e4m3fn), torch.empty(5)
-    _centroids_triton.round_to_fp8(group, 0, x, stored, scales)
-    twin = round_centroids(x, CentroidType.FP8)
-    assert twin.scales is not None
-    assert torch.equal(scales, twin.scales)
-    assert torch.equal(stored.view(torch.uint8), twin.stored.view(torch.uint8))
-    assert torch.equal(group.centroids[0], twin.values)
-    torch.testing.assert_close(group.norms, twin.values.float().square().sum(-1))
-
-
 @pytest.mark.parametrize("frame_tokens", [64, 100, 131])
 def test_tensor_cores_add_up_the_tokens_of_every_centroid(frame_tokens: int) -> None:
     """The kernel for Hopper, interpreted: two runs of tiles, and frames that end inside one."""
