@@ -232,5 +232,6 @@ def on_hopper(device: torch.device) -> bool:
     return True
 
 
+@cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

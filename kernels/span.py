@@ -1,6 +1,7 @@
 """A span of the pool, layer by layer: unquantised pages become quantised ones and a codebook, in place."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,19 +65,13 @@ class SpanEncoding:
 
     def _upload(self) -> torch.Tensor:
         """A row per layer: first elements of K's frames and V's, bytes of their parts, bytes of the codebooks."""
-        layers = torch.arange(self._target.num_layers)[:, None, None]
-        source, target = self._source, self._target
-        begins, ends, books = (
-            torch.tensor(offsets)[None, :, None]
-            for offsets in ((0, source.key.nbytes), (0, target.key.nbytes), (0, target.key.codebook_nbytes))
-        )
-        dense, pages = (torch.tensor(ids) * GRANULE for ids in (self._dense_pages, self._pages))
-        starts = (dense + begins + layers * source.layer_nbytes) // source.key.dtype.itemsize
-        parts = pages + ends + layers * target.layer_nbytes
-        book = (self._codebook or 0) * GRANULE + books + layers * target.codebook_layer_nbytes
-        table = torch.cat([places.flatten(1) for places in (starts, parts, book)], 1)
-        device = self._buffer.device
-        return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+        device, frames = self._buffer.device, len(self._pages)
+        dense = [page * (GRANULE // self._source.key.dtype.itemsize) for page in self._dense_pages]
+        pages = [page * GRANULE for page in self._pages]
+        row = torch.tensor([*dense, *dense, *pages, *pages, *[(self._codebook or 0) * GRANULE] * 2])
+        inside = _places_inside(self._source, self._target, frames)
+        table = torch.empty(inside.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        return torch.add(inside, row, out=table).to(device, non_blocking=True)
 
     def places(self, layer: int, parts: tuple[int, ...]) -> "tuple[SpanTokens, SpanPlaces]":
         """Where K (0) and V (1) of a layer come from and go to, for the Triton launchers."""
@@ -123,3 +118,16 @@ class SpanEncoding:
         else:
             book = self._book(layer, part) if layout.codebook_planes else None
             encode_part(torch.cat(frames), layout, self._buffer, offsets, book, backend=self._backend)
+
+
+@lru_cache(maxsize=64)
+def _places_inside(source: PageLayout, target: PageLayout, frames: int) -> torch.Tensor:
+    """`SpanEncoding`'s table for pages and a codebook at the start of the pool."""
+    layers = torch.arange(target.num_layers)[:, None]
+
+    def parts(sizes: PartLayout, stride: int) -> torch.Tensor:
+        return torch.tensor([0, sizes.nbytes]).repeat_interleave(frames) + layers * stride
+
+    book = torch.tensor([0, target.key.codebook_nbytes]) + layers * target.codebook_layer_nbytes
+    starts = parts(source.key, source.layer_nbytes) // source.key.dtype.itemsize
+    return torch.cat([starts, parts(target.key, target.layer_nbytes), book], 1)

@@ -8,7 +8,7 @@ import torch
 
 from qvg_paged.checks import check_kv, check_layer, check_queries
 from qvg_paged.chunk import Chunk
-from qvg_paged.errors import ArgumentError
+from qvg_paged.errors import ArgumentError, StateError
 from qvg_paged.events import fault_point
 from qvg_paged.kernels.attention import AttentionPath, paged_attention
 from qvg_paged.kernels.block_table import BlockTable
@@ -104,6 +104,8 @@ class ChunkBatches:
 
     @staticmethod
     def _write(layer: int, chunks: Sequence[Chunk], writer: ScratchWriter, k: torch.Tensor, v: torch.Tensor) -> None:
+        if any(layer in chunk.sealed for chunk in chunks):
+            raise StateError(f"layer: expected one that may still change, {layer} is sealed; nothing was written")
         fault_point("chunk.write")
         writer.write(layer, k, v)
         for chunk in chunks:

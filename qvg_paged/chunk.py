@@ -12,6 +12,7 @@ from qvg_paged.page import Reservation
 from qvg_paged.scratch import ScratchWriter
 
 if TYPE_CHECKING:
+    from qvg_paged.kernels.span import SpanEncoding
     from qvg_paged.stream import Stream
 
 __all__ = ["Chunk", "ChunkState"]
@@ -53,6 +54,8 @@ class Chunk:
         self.reservation = reservation
         self.writer = writer
         self.written = [False] * stream.manager.model.num_layers
+        self.sealed: set[int] = set()
+        self.encodings: list[SpanEncoding] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -78,13 +81,24 @@ class Chunk:
 
         Raises:
             ArgumentError: a shape, dtype or device differs; nothing was written.
-            StateError: the chunk is not open.
+            StateError: the chunk is not open, or the layer is sealed.
         """
         return self.stream.manager.attend(layer, [self], q, k, v)
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Overwrite the chunk's K and V of `layer` without attending (prefill). Arguments and errors as `attend`."""
         self.stream.manager.write(layer, [self], k, v)
+
+    def seal(self, layer: int) -> None:
+        """Say that K and V of `layer` are final, as the clean pass leaves a layer: the chunk's commit has less to do.
+
+        If the commit will fill a span, the layer is encoded from now on, on a stream of the cache's own, beside
+        whatever is launched next. What is committed is the same as without, and an abort drops it.
+
+        Raises:
+            StateError: the layer was never written, or the chunk is not open.
+        """
+        self.stream.manager.seal(self, layer)
 
     def commit(self) -> None:
         """Make the frames history, quantise spans that are full now, and move the window.

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from qvg_paged.chunk import Chunk, ChunkState
+from qvg_paged.closing import encode_closing
 from qvg_paged.errors import NonFiniteError, StateError
 from qvg_paged.events import EventKind, fault_point
 from qvg_paged.notes import Change
@@ -45,7 +44,7 @@ def _commit(manager: "KVCacheManager", chunk: Chunk) -> None:
     stream, frames, pages = chunk.stream, chunk.frames, chunk.stream.pages
     scratch, quantised = chunk.reservation
     try:
-        closing = _encode(manager, chunk) if quantised else []
+        closing = encode_closing(manager, chunk) if quantised else []
         fault_point("encode.publish")
         fault_point("stream.evict")
     except BaseException:
@@ -69,15 +68,3 @@ def _commit(manager: "KVCacheManager", chunk: Chunk) -> None:
         gone += evicted
     returned = manager.store.release(gone, manager.encoder.fence_of_spans()) if gone else 0
     manager.notes.tell(stream, changes, gone, returned)
-
-
-def _encode(manager: "KVCacheManager", chunk: Chunk) -> list[range]:
-    """Launch the encoding of the spans that the chunk closes; their frames."""
-    stream, (scratch, quantised) = chunk.stream, chunk.reservation
-    first = stream.timeline.closed_spans(stream.committed)
-    closing = [stream.timeline.span(first + index) for index in range(len(quantised))]
-    dense = {**stream.pages, **dict(zip(chunk.frames, scratch, strict=True))}
-    with torch.no_grad():
-        for span, pages in zip(closing, quantised, strict=True):
-            manager.encoder.encode([dense[frame] for frame in span], pages)
-    return closing

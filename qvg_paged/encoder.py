@@ -1,6 +1,6 @@
 """Turns a full span of unquantised pages into quantised ones, off the critical path."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -42,16 +42,32 @@ class SpanEncoder:
 
     def encode(self, dense: list[Page], quantised: list[Page]) -> None:
         """Write the span held by `dense` pages into `quantised` pages and their codebook."""
-        source, codebook = self._layouts[DENSE_FORMAT], quantised[0].codebook
         with self._on_side_stream():
-            span = SpanEncoding(
-                self._buffer, source, self._layouts[quantised[0].format], [page.id for page in dense],
-                [page.id for page in quantised], codebook.id if codebook else None,
-            )  # fmt: skip
-            for layer in range(source.num_layers):
+            self._encode([self._span(dense, quantised)], range(self._layouts[DENSE_FORMAT].num_layers))
+
+    def begin(self, dense: list[Page], quantised: list[Page]) -> SpanEncoding:
+        """A span whose layers can be encoded as they become final; nothing is encoded yet."""
+        with self._on_side_stream():
+            return self._span(dense, quantised)
+
+    def encode_layers(self, spans: Sequence[SpanEncoding], layers: Sequence[int]) -> None:
+        """Write some layers of spans: of their tokens as what was launched so far leaves them."""
+        with self._on_side_stream():
+            self._encode(spans, layers)
+
+    def _span(self, dense: list[Page], quantised: list[Page]) -> SpanEncoding:
+        codebook = quantised[0].codebook
+        return SpanEncoding(
+            self._buffer, self._layouts[DENSE_FORMAT], self._layouts[quantised[0].format], [page.id for page in dense],
+            [page.id for page in quantised], codebook.id if codebook else None,
+        )  # fmt: skip
+
+    def _encode(self, spans: Sequence[SpanEncoding], layers: Sequence[int]) -> None:
+        for span in spans:
+            for layer in layers:
                 fault_point("encode.layer")
                 span.encode(layer)
-            self._done = Fence.record(self._buffer.device)
+        self._done = Fence.record(self._buffer.device)
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:

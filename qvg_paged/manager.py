@@ -18,6 +18,7 @@ from qvg_paged.budget import Budget, object_counts, object_sizes, page_layouts, 
 from qvg_paged.calls import Calls
 from qvg_paged.checks import check_layer, check_name
 from qvg_paged.chunk import Chunk, ChunkState
+from qvg_paged.closing import seal_layer
 from qvg_paged.commit import commit_chunks
 from qvg_paged.config import CacheConfig, ModelSpec, QualityFloor, Rung, Window
 from qvg_paged.demote import demote_streams, shrink_retrieval
@@ -181,6 +182,12 @@ class KVCacheManager:
         """`Chunk.write` for several chunks at once; arguments as `attend`."""
         with self._lock, torch.no_grad():
             self._batches.write(layer, chunks, k, v)
+
+    def seal(self, chunk: Chunk, layer: int) -> None:
+        """See `Chunk.seal`."""
+        with self._lock:
+            self._batches.check([chunk])
+            seal_layer(self, chunk, layer)
 
     def block_tables(self, chunks: Sequence[Chunk]) -> BlockTable:
         """Block table of open chunks, for engines that call the kernels themselves; `BlockTable.dense` pads it."""

@@ -120,7 +120,7 @@ def launch_codec(codec: Codec, dtype: torch.dtype, dim: int) -> None:
             _decode_triton.decode_pages(
                 buffer, pages, pages, layout, start * (1 << 16), 0, out, tables, RoPELayout.INTERLEAVED
             )
-            if not codec.is_dense:
+            if (codec, dtype, dim) == (QVG4, torch.bfloat16, 128):
                 offsets = (start * (1 << 16), 0, 64, 16)
                 _decode_triton.decode_both(
                     buffer, pages, pages, layout, offsets, (out, out), tables, RoPELayout.INTERLEAVED
