@@ -41,14 +41,18 @@ ALIGNMENT = 4
 
 
 @lru_cache(maxsize=1024)
-def _packing(entries: tuple[int, ...], ends: int) -> tuple[Struct, list[int]]:
+def _packing(entries: tuple[int, ...], ends: int) -> tuple[Struct, list[int], list[int]]:
     """How an upload is packed that has three planes for each count of `entries`, positions last, and a plane of `ends`
-    numbers after these: the numbers, and the lengths of planes and of what fills them up, in turn.
+    numbers after these: the numbers, the lengths of its pieces, and which of these are planes, not what fills them up.
     """
-    planes = [plane for count in entries for plane in ((count, "i"), (count, "i"), (count, "f"), (ends, "i"))]
-    lengths = [(count, -count % ALIGNMENT) for count, _ in planes]
-    code = "".join(f"{count}{kind}{pad * WORD}x" for (count, pad), (_, kind) in zip(lengths, planes, strict=True))
-    return Struct(f"={code}"), [length for both in lengths for length in both]
+    code, lengths, planes = "", [], []
+    for count in entries:
+        for length, kind in ((count, "i"), (count, "i"), (count, "f"), (ends, "i")):
+            pad = -length % ALIGNMENT
+            code += f"{length}{kind}{pad * WORD}x"
+            planes.append(len(lengths))
+            lengths += [length, pad] if pad else [length]
+    return Struct(f"={code}"), lengths, planes
 
 
 class _Part(NamedTuple):
@@ -136,14 +140,19 @@ class BlockTable:
         parts = [self._part(fmt) for fmt in sorted(set(self.formats))]
         if not parts:
             return {}
-        struct, lengths = _packing(tuple([len(part.order) for part in parts]), len(self.indptr))
+        struct, lengths, planes = _packing(tuple([len(part.order) for part in parts]), len(self.indptr))
+        numbers: list[float] = []
+        for part in parts:
+            for column in part.columns:
+                numbers += column
         on_host = bytearray(struct.size)
-        struct.pack_into(on_host, 0, *[number for part in parts for column in part.columns for number in column])
+        struct.pack_into(on_host, 0, *numbers)
         uploaded = torch.frombuffer(on_host, dtype=torch.int32).to(self.device, non_blocking=True)
-        planes = iter(uploaded.split_with_sizes(lengths)[::2])
+        pieces = uploaded.split_with_sizes(lengths)
+        found = iter([pieces[plane] for plane in planes])
         return {
             part.format: FormatGroup(
-                next(planes), next(planes), next(planes).view(torch.float32), next(planes), part.columns[3], part.order
+                next(found), next(found), next(found).view(torch.float32), next(found), part.columns[3], part.order
             )
             for part in parts
         }
@@ -163,7 +172,8 @@ class BlockTable:
                 tuple([codebooks[i] for i in order]),
                 tuple([positions[i] for i in order]),
             )
-        return _Part(fmt, order, (*columns, tuple([bisect_left(order, end) for end in self.indptr])))
+        indptr = (0, count) if self.batch == 1 else tuple([bisect_left(order, end) for end in self.indptr])
+        return _Part(fmt, order, (*columns, indptr))
 
     def dense(self, fill: int = -1) -> torch.Tensor:
         """Page ids as ``[batch, longest]`` int32 on the host, padded with `fill`: the form LLM engines use."""

@@ -83,7 +83,7 @@ def _counted(manager: "KVCacheManager", needs: Iterable[Need]) -> Mapping[int, i
     for frames, spans, span_frames, fmt in needs:
         pages = spans * span_frames
         total += Demand(frames, pages, spans) if fmt == QUANTISED_FORMAT else Demand(frames, 0, spans, pages)
-    return object_counts(manager.layouts, total)
+    return {size: count for size, count in object_counts(manager.layouts, total).items() if count}
 
 
 def _begin(manager: "KVCacheManager", plan: _Plan, count: int, positions: Mapping[int, float]) -> Chunk:
@@ -94,13 +94,15 @@ def _begin(manager: "KVCacheManager", plan: _Plan, count: int, positions: Mappin
     reservation = manager.store.reserve(stream.tenant, count, closing, timeline.closing_frames, timeline.closing_format)
     manager.encoder.order_after()
     pages = [*stream.seen(visible), *reservation.scratch]
-    where = (*visible, *frames)
+    where: tuple[float, ...] = (*visible, *frames)
+    if positions:
+        where = tuple([positions.get(frame, frame) for frame in (*visible, *frames)])
     table = BlockTable.of_one(
-        pages=tuple([page.id for page in pages]),
-        codebooks=tuple([NO_CODEBOOK if page.codebook is None else page.codebook.id for page in pages]),
-        formats=tuple([page.format for page in pages]),
-        positions=where if not positions else tuple([positions.get(frame, frame) for frame in where]),
-        device=manager.device,
+        tuple([page.id for page in pages]),
+        tuple([NO_CODEBOOK if page.codebook is None else page.codebook.id for page in pages]),
+        tuple([page.format for page in pages]),
+        where,
+        manager.device,
     )
     writer = ScratchWriter(manager.store.pool, manager.layouts[DENSE_FORMAT], reservation.scratch)
     chunk = stream.chunk = Chunk(stream, frames, visible, table, reservation, writer)

@@ -20,20 +20,19 @@ class FiniteCheck:
     def __init__(self, pool: SlabPool, layout: PageLayout, dtype: torch.dtype) -> None:
         self._pool = pool
         self._dtype = dtype
-        self._itemsize = dtype.itemsize
+        self._scale = GRANULE // dtype.itemsize
         self._units = layout.page_nbytes // GRANULE
-        self._payload = layout.num_layers * layout.layer_nbytes
-        self._whole = self._payload == layout.page_nbytes  # what follows the payload of a page is nobody's
+        payload = layout.num_layers * layout.layer_nbytes
+        self._payload = payload // dtype.itemsize
+        self._whole = payload == layout.page_nbytes  # what follows the payload of a page is nobody's
 
     def broken(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Chunks that hold NaN or infinity. The host has then waited for the current stream."""
-        values, itemsize = self._pool.viewed(self._dtype), self._itemsize
-        stretches = [
-            values[start // itemsize : stop // itemsize]
-            for chunk in chunks
-            for start, stop in self._stretches(chunk.reservation.scratch)
-        ]
-        sums = [stretch.sum() for stretch in stretches]
+        values = self._pool.viewed(self._dtype)
+        sums: list[torch.Tensor] = []
+        for chunk in chunks:
+            for start, stop in self._stretches(chunk.reservation.scratch):
+                sums.append(values[start:stop].sum())
         found = sums[0].item() if len(sums) == 1 else sum(torch.stack(sums).tolist())
         if isfinite(found):
             return []
@@ -42,10 +41,12 @@ class FiniteCheck:
     def _is_finite(self, stretch: tuple[int, int]) -> bool:
         """By the ends of the values, which are NaN if any is: of finite values, too, the sum may be infinite."""
         start, stop = stretch
-        ends = self._pool.viewed(self._dtype)[start // self._itemsize : stop // self._itemsize].aminmax()
+        ends = self._pool.viewed(self._dtype)[start:stop].aminmax()
         return all(map(isfinite, torch.stack(ends).tolist()))
 
     def _stretches(self, pages: list[Page]) -> list[tuple[int, int]]:
+        """First value and end of each stretch that the pages, as they were taken, fill."""
+        scale = self._scale
         if self._whole:
-            return place_runs(sorted([page.handle for page in pages]), self._units)
-        return [(page.id * GRANULE, page.id * GRANULE + self._payload) for page in pages]
+            return [(first * scale, end * scale) for first, end in place_runs([p.handle for p in pages], self._units)]
+        return [(page.id * scale, page.id * scale + self._payload) for page in pages]

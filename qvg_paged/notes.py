@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from qvg_paged.events import CacheEvent, EventKind, Tally
-from qvg_paged.page import Codebook, Page
+from qvg_paged.page import Page
 
 if TYPE_CHECKING:
     from qvg_paged.stream import Stream
@@ -16,22 +16,29 @@ Change = tuple[EventKind, Sequence[int], Sequence[Page]]
 
 
 class Notes:
-    """Counts and the sink of events; to be told once the books have changed."""
+    """Counts and the sink of events; to be told once the books have changed.
+
+    Attributes:
+        tally: the counts.
+        silent: whether there is no sink; then `tally` is all there is to tell.
+    """
 
     def __init__(self, sink: Callable[[CacheEvent], None] | None) -> None:
         self.tally = Tally()
+        self.silent = sink is None
         self._sink = sink
 
     def tell(self, stream: "Stream", changes: Sequence[Change], gone: Sequence[Page] = (), returned: int = 0) -> None:
         """Changes of a stream, and then that letting go of the pages `gone` has `returned` so many bytes."""
-        if self._sink is not None:
-            events = [event(kind, stream, frames, pages) for kind, frames, pages in changes]
-            self.send([*events, *freed(stream.tenant, gone, returned)])
+        if self.silent:
+            count = self.tally.count
+            for kind, frames, pages in changes:
+                count(kind, len(frames), _nbytes(pages))
+            if returned:
+                count(EventKind.FREE, 0, returned)
             return
-        for kind, frames, pages in changes:
-            self.tally.count(kind, len(frames), _nbytes(pages))
-        if returned:
-            self.tally.count(EventKind.FREE, 0, returned)
+        events = [event(kind, stream, frames, pages) for kind, frames, pages in changes]
+        self.send([*events, *freed(stream.tenant, gone, returned)])
 
     def send(self, events: list[CacheEvent]) -> None:
         """Events that are there already."""
@@ -56,10 +63,12 @@ def freed(tenant: str, pages: Sequence[Page], returned: int) -> list[CacheEvent]
 
 
 def _nbytes(pages: Sequence[Page]) -> int:
-    """Bytes of pages and their codebooks."""
-    nbytes, books = 0, set[Codebook]()
+    """Bytes of pages, in order of frames, and of their codebooks: those of a span are neighbours."""
+    nbytes, book = 0, None
     for page in pages:
         nbytes += page.nbytes
-        if page.codebook is not None:
-            books.add(page.codebook)
-    return nbytes + sum([book.nbytes for book in books]) if books else nbytes
+        if page.codebook is not book:
+            book = page.codebook
+            if book is not None:
+                nbytes += book.nbytes
+    return nbytes

@@ -1,6 +1,6 @@
 """Pages and codebooks as objects with owners: who holds a page, and which codebook it needs."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -94,7 +94,10 @@ class Reservation(NamedTuple):
     @property
     def pages(self) -> list[Page]:
         """All reserved pages."""
-        return [*self.scratch, *(page for span in self.spans for page in span)]
+        pages = [*self.scratch]
+        for span in self.spans:
+            pages += span
+        return pages
 
 
 class PageStore:
@@ -193,20 +196,22 @@ class PageStore:
             return 0
         tenant = pages[0].tenant
         self.pool.check_handles([page.handle for page in pages], tenant)
-        returned: dict[int, list[int]] = {}
+        returned: defaultdict[int, list[int]] = defaultdict(list)
         for page in pages:
             page.owners -= 1
             if page.owners:
                 continue
-            returned.setdefault(page.nbytes, []).append(page.handle)
+            returned[page.nbytes].append(page.handle)
             codebook = page.codebook
-            if codebook:
+            if codebook is not None:
                 codebook.pages -= 1
                 if not codebook.pages:
-                    returned.setdefault(codebook.nbytes, []).append(codebook.handle)
+                    returned[codebook.nbytes].append(codebook.handle)
+        total = 0
         for nbytes, handles in returned.items():
-            self.pool.give_back(nbytes, handles, tenant, fence)
-        return sum([nbytes * len(handles) for nbytes, handles in returned.items()])
+            self.pool.take_back(nbytes, handles, tenant, fence)
+            total += nbytes * len(handles)
+        return total
 
     def check_integrity(self, held: list[Page]) -> None:
         """Raise `IntegrityError` unless `held`, a page per owner, explains every owner, codebook and byte."""

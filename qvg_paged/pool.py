@@ -114,7 +114,7 @@ class SlabPool:
         return [Slot(handle >> PLACE, nbytes, tenant, handle) for handle in self.take(nbytes, count, tenant)]
 
     def take(self, nbytes: int, count: int, tenant: str) -> list[int]:
-        """`allocate`, but handles only."""
+        """`allocate`, but handles only, ascending."""
         fault_point("pool.allocate")
         kind = self._classes[nbytes]
         if count > kind.free_slots + len(kind.returned):
@@ -125,7 +125,7 @@ class SlabPool:
             self.reclaim(wait=False)  # what is only on its way back makes no peak
         handles = self._recycled(kind, count)
         if len(handles) < count:
-            handles += self._lowest(kind, count - len(handles))
+            handles = sorted(handles + self._lowest(kind, count - len(handles)))
         live = self._live.get(tenant)
         if live is None:
             live = self._live[tenant] = set()
@@ -138,7 +138,8 @@ class SlabPool:
             return []
         places = kind.returned[-count:]
         del kind.returned[-count:]
-        self._overwrite(place_runs(sorted(places), kind.units))
+        places.sort()
+        self._overwrite(place_runs(places, kind.units))
         return [handle + 1 for handle in places]
 
     def _lowest(self, kind: SizeClass, count: int) -> list[int]:
@@ -202,8 +203,11 @@ class SlabPool:
             StaleHandleError: one was returned before; nothing changed.
         """
         self.check_handles(handles, tenant)
-        if not handles:
-            return
+        if handles:
+            self.take_back(nbytes, handles, tenant, fence)
+
+    def take_back(self, nbytes: int, handles: Sequence[int], tenant: str, fence: Fence) -> None:
+        """`give_back` of handles, one at least, that were checked."""
         live = self._live[tenant]
         live.difference_update(handles)
         if not live:
@@ -253,7 +257,7 @@ class SlabPool:
 
     def _overwrite(self, runs: Iterable[tuple[int, int]]) -> None:
         for start, stop in runs:
-            self._bytes[start:stop] = self._fill
+            self._bytes[start * GRANULE : stop * GRANULE] = self._fill
 
     def _put_back(self, slab: int, kind: SizeClass, handles: list[int]) -> None:
         room = kind.free[slab]

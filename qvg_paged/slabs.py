@@ -5,7 +5,7 @@ one each time the place is taken again, so no two allocations ever have the same
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,13 +89,12 @@ def byte_runs(slots: Iterable[Slot]) -> list[tuple[int, int]]:
     return _joined((slot.id * GRANULE, slot.id * GRANULE + slot.nbytes) for slot in sorted(slots, key=lambda s: s.id))
 
 
-def place_runs(handles: list[int], unit: int) -> list[tuple[int, int]]:
-    """The same for sorted handles of objects of `unit` granules."""
-    first, end = handles[0] >> PLACE, (handles[-1] >> PLACE) + unit
-    if end - first == len(handles) * unit:  # no gap, as they mostly come
-        return [(first * GRANULE, end * GRANULE)]
-    places = [handle >> PLACE for handle in handles]
-    return _joined((place * GRANULE, (place + unit) * GRANULE) for place in places)
+def place_runs(handles: Sequence[int], units: int) -> list[tuple[int, int]]:
+    """The same for sorted handles of objects of `units` granules, in granules."""
+    first, end = handles[0] >> PLACE, (handles[-1] >> PLACE) + units
+    if end - first == len(handles) * units:  # no gap, as they mostly come
+        return [(first, end)]
+    return _joined((handle >> PLACE, (handle >> PLACE) + units) for handle in handles)
 
 
 def _joined(stretches: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -106,8 +106,9 @@ class Timeline:
 
     def visible_count(self, committed: int) -> int:
         """How many these are."""
-        sink = min(self.window.sink_frames, committed)
-        return sink + min(self.window.recent_frames, committed - sink)
+        window = self.window
+        most = window.sink_frames + window.recent_frames
+        return most if most < committed else committed
 
     def kept(self, committed: int) -> list[int]:
         """Frames still stored, ascending."""
@@ -117,7 +118,9 @@ class Timeline:
         """Frames that leave the stream when it goes from `before` committed frames to `after`."""
         window = self.window
         sink, stored = window.sink_frames, window.recent_frames + window.retrieval_frames
-        return range(max(sink, before - stored), max(sink, after - stored))
+        if after - stored <= sink:
+            return range(0)
+        return range(max(sink, before - stored), after - stored)
 
     def closing(self, committed: int, frames: int) -> int:
         """Spans that are closed when `frames` more are committed."""
