@@ -104,10 +104,11 @@ class BlockTable:
         around the checks and the fields of a frozen class.
         """
         table = cls.__new__(cls)
-        table.__dict__.update(
-            pages=pages, codebooks=codebooks, formats=formats, positions=positions, indptr=(0, len(pages)),
-            device=device, cache={},
-        )  # fmt: skip
+        fields = {
+            "pages": pages, "codebooks": codebooks, "formats": formats, "positions": positions,
+            "indptr": (0, len(pages)), "device": device, "cache": {},
+        }  # fmt: skip
+        object.__setattr__(table, "__dict__", fields)
         return table
 
     @property

@@ -59,7 +59,8 @@ class _Plan(NamedTuple):
 def _plan(manager: "KVCacheManager", stream: "Stream", count: int, retrieve: Sequence[int]) -> _Plan:
     if stream.manager is not manager:
         raise ArgumentError(f"streams: expected streams of this manager, got {stream.id!r} of another")
-    stream.require_idle()
+    if stream.closed or stream.parked is not None or stream.chunk is not None:
+        stream.require_idle()
     return _Plan(stream, stream.visible(retrieve), stream.timeline.closing(stream.committed, count))
 
 
@@ -68,12 +69,15 @@ def _counts(manager: "KVCacheManager", count: int, plans: list[_Plan]) -> Mappin
     if len(plans) != 1:
         return _counted(manager, [_need(count, plan) for plan in plans])
     need = _need(count, plans[0])
-    if need not in manager.needs:
-        manager.needs[need] = _counted(manager, [need])
-    return manager.needs[need]
+    counts = manager.needs.get(need)
+    if counts is None:
+        counts = manager.needs[need] = _counted(manager, [need])
+    return counts
 
 
 def _need(count: int, plan: _Plan) -> Need:
+    if not plan.closing:
+        return count, 0, 0, QUANTISED_FORMAT
     timeline = plan.stream.timeline
     return count, plan.closing, timeline.closing_frames, timeline.closing_format
 
@@ -90,8 +94,8 @@ def _begin(manager: "KVCacheManager", plan: _Plan, count: int, positions: Mappin
     stream, visible, closing = plan
     frames = range(stream.committed, stream.committed + count)
     fault_point("chunk.reserve")
-    timeline = stream.timeline
-    reservation = manager.store.reserve(stream.tenant, count, closing, timeline.closing_frames, timeline.closing_format)
+    _, _, span_frames, fmt = _need(count, plan)
+    reservation = manager.store.reserve(stream.tenant, count, closing, span_frames, fmt)
     manager.encoder.order_after()
     pages = [*stream.seen(visible), *reservation.scratch]
     where: tuple[float, ...] = (*visible, *frames)

@@ -1,6 +1,6 @@
 """Pages and codebooks as objects with owners: who holds a page, and which codebook it needs."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -196,17 +196,20 @@ class PageStore:
             return 0
         tenant = pages[0].tenant
         self.pool.check_handles([page.handle for page in pages], tenant)
-        returned: defaultdict[int, list[int]] = defaultdict(list)
+        returned: dict[int, list[int]] = {}
         for page in pages:
             page.owners -= 1
             if page.owners:
                 continue
-            returned[page.nbytes].append(page.handle)
+            if page.nbytes in returned:
+                returned[page.nbytes].append(page.handle)
+            else:
+                returned[page.nbytes] = [page.handle]
             codebook = page.codebook
             if codebook is not None:
                 codebook.pages -= 1
                 if not codebook.pages:
-                    returned[codebook.nbytes].append(codebook.handle)
+                    returned.setdefault(codebook.nbytes, []).append(codebook.handle)
         total = 0
         for nbytes, handles in returned.items():
             self.pool.take_back(nbytes, handles, tenant, fence)

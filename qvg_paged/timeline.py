@@ -6,6 +6,7 @@ admission all follow the same rules.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 from qvg_paged.config import Window
@@ -73,7 +74,7 @@ class Timeline:
                 "frames would leave the window before their span is full (shorten the span or use format='dense')"
             )
 
-    @property
+    @cached_property
     def first_span(self) -> int:
         """First frame of the first span."""
         return self.window.sink_frames if self.window.bf16_sink else 0
@@ -82,7 +83,8 @@ class Timeline:
         """Spans that are full and old enough to be quantised."""
         if self.span_frames is None:
             return 0
-        return max(0, (committed - self.window.bf16_recent - self.first_span) // self.span_frames)
+        full = (committed - self.window.bf16_recent - self.first_span) // self.span_frames
+        return full if full > 0 else 0
 
     def span(self, index: int) -> range:
         """Frames of a span."""

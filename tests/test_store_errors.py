@@ -124,6 +124,26 @@ def test_a_chunk_with_numbers_that_are_not_finite_is_aborted_and_no_other_byte_c
             grow(bad, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_finite_values_whose_sum_is_not_are_committed(dtype: torch.dtype) -> None:
+    cache = make_cache(model=make_model(dtype=dtype), format="dense")
+    stream = cache.open("large", window=WINDOW)
+    most = torch.finfo(dtype).max
+    with stream.begin_chunk(2) as chunk:
+        for layer in range(cache.model.num_layers):
+            k = torch.full((chunk.num_tokens, cache.model.num_kv_heads, cache.model.head_dim), most, dtype=dtype)
+            chunk.write(layer, k, k)
+        chunk.commit()
+    assert stream.committed == 2
+    with stream.begin_chunk(1) as chunk:
+        write(chunk, [0])
+        wide = torch.full((chunk.num_tokens, cache.model.num_kv_heads, cache.model.head_dim), most, dtype=dtype)
+        wide[0, 0, 0] = -torch.inf
+        chunk.write(0, wide, wide)
+        with pytest.raises(NonFiniteError):
+            chunk.commit()
+
+
 def test_of_chunks_committed_together_only_the_broken_ones_are_aborted() -> None:
     cache = make_cache()
     streams = [cache.open(name, window=WINDOW) for name in ("good", "nan", "infinite")]

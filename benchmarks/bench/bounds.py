@@ -14,7 +14,7 @@ from bench.chunk_loop import DENSE_HISTORY
 from bench.decode import OURS
 from bench.dense_baselines import CUDNN, FLASH
 from bench.encode import RELEASED
-from bench.manager import ALL, BOOKKEEPING
+from bench.manager import ALL, BOOKKEEPING, BOTH
 from bench.presets import PLAIN
 from bench.ragged import EVEN, SINGLE
 from bench.rows import median_ms
@@ -82,10 +82,12 @@ def _note_ratio(ours: str, theirs: str, note: str) -> Value:
     return value
 
 
-def _microseconds(system: str) -> Value:
+def _microseconds(system: str, factor: float = 1) -> Value:
+    """Median time of a system in microseconds, or in as many parts of one as `factor` says."""
+
     def value(row: Row) -> float | None:
         found = median_ms(row, system)
-        return None if found is None else found * 1e3
+        return None if found is None else found * 1e3 * factor
 
     return value
 
@@ -114,6 +116,8 @@ BOUNDS: dict[str, Bound] = {
     "decode with RoPE": Bound(_rate(OURS, "roofline_share"), 0.65, 0.90, "of copy"),
     "bookkeeping": Bound(_microseconds(BOOKKEEPING), 60, 20, "us", at_least=False),
     "bookkeeping with table upload": Bound(_microseconds(ALL), 150, None, "us", at_least=False),
+    "pool, 24 pages": Bound(_microseconds(BOTH, 1e3), 400, None, "ns", at_least=False),
+    "pool, 128 pages": Bound(_microseconds(BOTH, 1e3), 160, None, "ns", at_least=False),
     "ragged against single calls": Bound(faster((AUTO,), (AUTO + SINGLE,)), 1.0),
     "ragged against equal streams": Bound(faster((AUTO,), (AUTO + EVEN,)), 1 / 1.1),
 }

@@ -10,16 +10,18 @@ from bench.settings import Bench
 from bench.timing import Clock, summary
 from qvg_paged import CacheConfig, KVCacheManager, ModelSpec, Stream, Window
 from qvg_paged.fence import Fence
+from qvg_paged.kernels.layout import GRANULE
 from qvg_paged.pool import SlabGeometry, SlabPool
 
-__all__ = ["ALL", "BOOKKEEPING", "manager_cases"]
+__all__ = ["ALL", "BOOKKEEPING", "BOTH", "manager_cases"]
 
 BEGIN, UPLOAD, COMMIT = "begin", "table upload", "commit and evict"
 BOOKKEEPING, ALL = "begin, commit and evict", "all of it"
-ALLOCATE, FREE = "allocate a page", "free a page and take it back"
+ALLOCATE, FREE, BOTH = "allocate a page", "free a page", "allocate and free a page"
+HANDED_ON = "allocate and free a page, its slab handed on"
 FRAMES, HISTORY, SPAN = 3, 48, 24
 CHUNKS, QUICK_CHUNKS = 160, 24
-PAGE_NBYTES, PAGES = 4096, 256
+POOL_PAGES, POOL_CYCLES = (24, 128), 200
 
 
 def manager_cases(bench: Bench) -> Iterator[Case]:
@@ -36,7 +38,11 @@ def manager_cases(bench: Bench) -> Iterator[Case]:
         {**about, "device": bench.device.type, "tokens_per_frame": 64}, lambda: _chunk_systems(bench.device, 64, count),
         ALL, ("bookkeeping with table upload",),
     )  # fmt: skip
-    yield Case("manager", "pool, per page", {"pages": PAGES, "device": "cpu"}, _pool_systems, ALLOCATE)
+    for pages in POOL_PAGES:
+        yield Case(
+            "manager", f"pool, {pages} pages, per page", {"pages": pages, "device": "cpu"},
+            lambda pages=pages: _pool_systems(pages), BOTH, (f"pool, {pages} pages",),
+        )  # fmt: skip
 
 
 def _chunk_systems(device: torch.device, tokens: int, count: int) -> Iterator[System]:
@@ -74,19 +80,23 @@ def _measured(name: str, seconds: list[float]) -> System:
     return System(name, lambda _: None, timing=timing, ours=True)
 
 
-def _pool_systems() -> Iterator[System]:
+def _pool_systems(pages: int) -> Iterator[System]:
+    """Pages as small as they get: overwriting them is part of it, but what is measured is the books."""
     device = torch.device("cpu")
-    pool = SlabPool(SlabGeometry(PAGE_NBYTES * 64, PAGES // 32), [PAGE_NBYTES], device)
+    pool = SlabPool(SlabGeometry(GRANULE * 64, 64), [GRANULE], device)
 
-    def cycle() -> tuple[float, float]:
+    def cycle(*, hand_on: bool) -> tuple[float, float]:
         start = time.perf_counter()
-        handles = pool.take(PAGE_NBYTES, PAGES, "bench")
+        handles = pool.take(GRANULE, pages, "bench")
         taken = time.perf_counter()
-        pool.give_back(PAGE_NBYTES, handles, "bench", Fence.record(device))
-        pool.reclaim(wait=True)
-        return (taken - start) / PAGES, (time.perf_counter() - taken) / PAGES
+        pool.give_back(GRANULE, handles, "bench", Fence.record(device))
+        if hand_on:
+            pool.reclaim(wait=True)
+        return (taken - start) / pages, (time.perf_counter() - taken) / pages
 
-    cycle()
-    times = [cycle() for _ in range(QUICK_CHUNKS)]
-    yield _measured(ALLOCATE, [row[0] for row in times])
-    yield _measured(FREE, [row[1] for row in times])
+    for hand_on in (False, True):
+        times = [cycle(hand_on=hand_on) for _ in range(POOL_CYCLES)][1:]
+        if not hand_on:
+            yield _measured(ALLOCATE, [row[0] for row in times])
+            yield _measured(FREE, [row[1] for row in times])
+        yield _measured(HANDED_ON if hand_on else BOTH, [sum(row) for row in times])
