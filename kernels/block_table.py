@@ -45,7 +45,9 @@ def _packing(entries: tuple[int, ...], ends: int) -> tuple[Struct, list[int], li
     """How an upload is packed that has three planes for each count of `entries`, positions last, and a plane of `ends`
     numbers after these: the numbers, the lengths of its pieces, and which of these are planes, not what fills them up.
     """
-    code, lengths, planes = "", [], []
+    code = ""
+    lengths: list[int] = []
+    planes: list[int] = []
     for count in entries:
         for length, kind in ((count, "i"), (count, "i"), (count, "f"), (ends, "i")):
             pad = -length % ALIGNMENT
