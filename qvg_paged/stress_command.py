@@ -43,10 +43,16 @@ def make_app(benchmark: Benchmark, errors: Guard) -> typer.Typer:
         streams: Annotated[int | None, typer.Option(help="1 to 1000.")] = None,
         tenants: Annotated[int | None, typer.Option(help="1 to 100.")] = None,
         arrivals: Annotated[str | None, typer.Option(help="poisson, bursts-3, bursts-13, diurnal or herd.")] = None,
+        frames: Annotated[str | None, typer.Option(help="Shortest and longest stream, as in 6-60.")] = None,
+        ladder: Annotated[
+            str | None,
+            typer.Option(help="Before streams are parked: tails are quantised, or spans demoted, too; none of it."),
+        ] = None,
         trace: Annotated[Path | None, typer.Option(help="CSV file: time,tenant,frames[,patience].")] = None,
         load: Annotated[float | None, typer.Option(help="1: all slots work all the time.")] = None,
         model: Annotated[
-            str | None, typer.Option(help="Geometry: self-forcing, longcat, hy-worldplay or lingbot-v2.")
+            str | None,
+            typer.Option(help="Geometry: self-forcing, longcat, hy-worldplay, lingbot-v2; or world-model, which runs."),
         ] = None,
         pool_streams: Annotated[float | None, typer.Option(help="Pool, in longest streams at their worst.")] = None,
         oversubscription: Annotated[float | None, typer.Option(help="Worst cases of all slots, by the pool.")] = None,
@@ -56,6 +62,9 @@ def make_app(benchmark: Benchmark, errors: Guard) -> typer.Typer:
         ] = None,
         max_running: Annotated[int | None, typer.Option(min=1, help="Slots.")] = None,
         fps: Annotated[float | None, typer.Option(help="Latent frames per second that viewers play.")] = None,
+        costs: Annotated[
+            Path | None, typer.Option(help="Result file of qvg-paged bench: what it measured is what things cost.")
+        ] = None,
         chunk_seconds: Annotated[float | None, typer.Option(help="Cost of a chunk of one stream.")] = None,
         chunk_more_seconds: Annotated[float | None, typer.Option(help="Cost of each further stream.")] = None,
         faults: Annotated[list[str] | None, typer.Option(help="NAME[=RATE] or all; repeatable.")] = None,
@@ -86,10 +95,10 @@ def make_app(benchmark: Benchmark, errors: Guard) -> typer.Typer:
             module, files = benchmark("stress.command"), benchmark("results_file")
             options = module.StressOptions(
                 scenario=scenario, seed=seed, seeds=seeds, streams=streams, tenants=tenants, arrivals=arrivals,
-                trace=trace, load=load, model=model, pool_streams=pool_streams, oversubscription=oversubscription,
-                policy=policy, max_running=max_running, fps=fps, chunk_seconds=chunk_seconds,
-                chunk_more_seconds=chunk_more_seconds, faults=tuple(faults or ()), least_events=least_events,
-                load_curve=load_curve, rated=rated, backend=backend, geometry=geometry,
+                frames=frames, ladder=ladder, trace=trace, load=load, model=model, pool_streams=pool_streams,
+                oversubscription=oversubscription, policy=policy, max_running=max_running, fps=fps, costs=costs,
+                chunk_seconds=chunk_seconds, chunk_more_seconds=chunk_more_seconds, faults=tuple(faults or ()),
+                least_events=least_events, load_curve=load_curve, rated=rated, backend=backend, geometry=geometry,
                 device=device or ("cuda" if backend == "manager" and torch.cuda.is_available() else "cpu"), out=out,
             )  # fmt: skip
             with _Bars(console) as bars:

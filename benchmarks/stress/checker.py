@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from stress.ladder_checks import check_ladder, note_floors
 from stress.ledger import FINAL, Ledger, Stream, Violation
 from stress.room_checks import check_line, check_memory
 from stress.service import Service
@@ -87,6 +88,7 @@ class Checker:
         ledger.expect("names", name not in ledger.live, f"{name!r} was in use")
         stream = Stream(record["tenant"], record["frames"], record["branches"], record["nbytes"])
         ledger.streams[name] = stream
+        note_floors(ledger, record)
         if reason == "queued":
             ledger.live[name] = stream
             ledger.expect("drain", not self._draining, f"{name!r} was accepted while draining")
@@ -114,6 +116,7 @@ class Checker:
             self._calm = self._calm and not ledger.planned and tenant.service == 0
         tenant.weight = record["weight"]
         tenant.ceiling, tenant.floor = record["ceiling_nbytes"], record["floor_nbytes"]
+        tenant.lowest, tenant.least_kept = record["quality"]["rung"], record["quality"]["retrieval_frames"]
         floors = sum(t.floor for t in ledger.tenants.values())
         ledger.expect("quota", floors <= ledger.open["pool_nbytes"], "the floors exceed the pool")
         self._calm = self._calm and tenant.ceiling is None and not tenant.floor
@@ -143,6 +146,7 @@ class Checker:
         ledger.now = plan["now"]
         self.service.charge(seconds)
         self._announce(plan)
+        check_ladder(ledger, plan)
         self._move(plan)
         self._check_running(plan)
         self._check_leader(plan)

@@ -10,8 +10,10 @@ from qvg_paged.errors import ArgumentError
 from qvg_paged.scheduler import load_policy
 from stress.arrivals import ARRIVALS, read_trace
 from stress.attacks import ATTACKS, attacked
+from stress.calibration import measured_costs
 from stress.coverage import print_matrix, rows
 from stress.faults import FAULTS, HOSTILE
+from stress.ladder_cache import LADDERS
 from stress.metrics import Metrics, measure
 from stress.models import MODELS
 from stress.on_manager import run_on_manager
@@ -44,7 +46,10 @@ class StressOptions:
     Attributes:
         scenario: a preset, an attack, or ``swarm``, which draws everything from the seed.
         seeds: how many, from `seed` on.
+        frames: shortest and longest stream, as ``6-60``.
+        ladder: ``tails``, ``spans`` or ``none``.
         trace: CSV file with arrivals.
+        costs: result file of ``qvg-paged bench`` whose measurements the simulated engine costs.
         faults: names, each with ``=rate`` if wanted, or ``all``.
         oversubscription: summed worst cases of as many streams as have slots, by the pool.
         load_curve, rated: whether to measure these, too.
@@ -58,6 +63,8 @@ class StressOptions:
     streams: int | None = None
     tenants: int | None = None
     arrivals: str | None = None
+    frames: str | None = None
+    ladder: str | None = None
     trace: Path | None = None
     load: float | None = None
     model: str | None = None
@@ -66,6 +73,7 @@ class StressOptions:
     policy: str | None = None
     max_running: int | None = None
     fps: float | None = None
+    costs: Path | None = None
     chunk_seconds: float | None = None
     chunk_more_seconds: float | None = None
     faults: Sequence[str] = ()
@@ -93,6 +101,10 @@ def make_scenario(options: StressOptions, seed: int) -> Scenario:
         value = getattr(options, key)
         if value is not None:
             changes[key] = value
+    if options.frames is not None:
+        changes["frames"] = _frames(options.frames)
+    if options.ladder is not None:
+        changes["ladder"] = _ladder(options.ladder)
     if options.trace is not None:
         changes["trace"] = tuple(read_trace(options.trace))
     elif base.trace and changes.keys() & {"streams", "tenants", "arrivals", "load"}:
@@ -101,7 +113,9 @@ def make_scenario(options: StressOptions, seed: int) -> Scenario:
     if options.max_running is not None:
         changes["config"] = replace(base.config, max_running=options.max_running)
     costs = {"chunk": options.chunk_seconds, "chunk_more": options.chunk_more_seconds}
-    changes["costs"] = replace(base.costs, **{key: value for key, value in costs.items() if value is not None})
+    model = changes.get("model", base.model)
+    measured = measured_costs(options.costs, model) if options.costs is not None and model in MODELS else base.costs
+    changes["costs"] = replace(measured, **{key: value for key, value in costs.items() if value is not None})
     scenario = replace(base, **changes)
     if options.oversubscription is not None:
         scenario = replace(scenario, pool_streams=scenario.slots / options.oversubscription)
@@ -109,6 +123,23 @@ def make_scenario(options: StressOptions, seed: int) -> Scenario:
         scenario = replace(scenario, faults=_faults(options.faults))
     _check(scenario, len(scenario.trace))
     return scenario
+
+
+def _frames(text: str) -> tuple[int, int]:
+    least, _, most = text.partition("-")
+    try:
+        found = int(least), int(most or least)
+    except ValueError:
+        found = 0, 0
+    if not 1 <= found[0] <= found[1] <= 1_000_000:
+        raise ArgumentError(f"frames: expected the shortest and the longest stream, as in 6-60, got {text!r}")
+    return found
+
+
+def _ladder(name: str) -> str:
+    if name not in ("none", *LADDERS):
+        raise ArgumentError(f"ladder: expected none or one of {', '.join(LADDERS)}, got {name!r}")
+    return "" if name == "none" else name
 
 
 def _faults(chosen: Sequence[str]) -> dict[str, float]:

@@ -34,6 +34,8 @@ class Stream:
         chunks_before: chunks finished when it last began to run.
         stalls: parks since its latest chunk.
         spent: cost units it has taken.
+        rung, kept: how cheaply it is stored, and how many frames it keeps for retrieval; `lowest` and `least_kept` are
+            its floors.
     """
 
     tenant: str
@@ -49,17 +51,23 @@ class Stream:
     ending: str = ""
     nbytes: int = 0
     spent: float = 0.0
+    rung: int = 0
+    kept: int = 0
+    lowest: int = 0
+    least_kept: int = 0
 
 
 @dataclass
 class Tenant:
-    """A tenant: rights, cost units, and for how many plans it has claimed its floor in vain."""
+    """A tenant: rights, floors of quality, cost units, and for how many plans it has claimed its floor in vain."""
 
     ceiling: int | None = None
     floor: int = 0
     weight: float = 1.0
     service: float = 0.0
     claiming: int = 0
+    lowest: int = 2
+    least_kept: int = 0
 
 
 @dataclass

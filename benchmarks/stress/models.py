@@ -1,20 +1,21 @@
 """Real geometries by bytes, costs by table, and a cache that is books only.
 
 A `SimulatedCache` answers with the arithmetic of the real store (`qvg_paged.budget`, `qvg_paged.timeline`,
-`SlabGeometry`), and unlike the store of today it can park streams, which for books is a matter of host bytes. Costs
-are parameters in round figures, not measurements; replace them by a table measured on the machine in question.
+`SlabGeometry`); `stress.ladder_cache` adds the ladder. Costs are parameters in round figures unless they are taken from
+what a GPU has measured (`stress.calibration`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from qvg_paged.budget import object_counts, page_layouts, stream_timeline
+from qvg_paged.budget import object_sizes, page_layouts, stream_timeline
 from qvg_paged.config import CacheConfig, ModelSpec, Window
+from qvg_paged.kernels.formats import PageFormat
 from qvg_paged.pool import SlabGeometry
 from qvg_paged.timeline import Demand, Timeline
 
-__all__ = ["MODELS", "Costs", "Geometry", "SimulatedCache", "StaticCache"]
+__all__ = ["DRAWN", "MODELS", "Costs", "Geometry", "SimulatedCache", "StaticCache"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,16 @@ class Costs:
         chunk_more: each further stream in the batch.
         transfer_rate: bytes per second between pool and host.
         transfer: start of a transfer.
+        encode_rate: unquantised bytes per second that a stream's frames are quantised at when it is squeezed.
+        source: where these figures come from.
     """
 
     chunk: float = 1.0
     chunk_more: float = 0.5
     transfer_rate: float = 20e9
     transfer: float = 0.01
+    encode_rate: float = 100e9
+    source: str = "round figures"
 
     def batch(self, streams: int) -> float:
         """A chunk of each of `streams` streams."""
@@ -40,6 +45,10 @@ class Costs:
     def move(self, nbytes: int) -> float:
         """One stream between pool and host."""
         return self.transfer + nbytes / self.transfer_rate
+
+    def squeeze(self, nbytes: int) -> float:
+        """Quantising so many unquantised bytes of a stream again."""
+        return nbytes / self.encode_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +75,18 @@ def _geometry(layers: int, heads: int, tokens: int, chunk: int, window: Window, 
     return Geometry(model=spec, window=window, span_frames=span)
 
 
+WORLD = ModelSpec(num_layers=6, num_kv_heads=2, head_dim=128, tokens_per_frame=64, frames_per_chunk=1)
 MODELS = {
     "self-forcing": _geometry(30, 12, 1560, 3, Window(sink_frames=1, recent_frames=48), 12),
     "longcat": _geometry(48, 32, 1560, 5, Window(recent_frames=20), 10),
     "hy-worldplay": _geometry(30, 24, 880, 4, Window(recent_frames=48), 12),
     "lingbot-v2": _geometry(40, 40, 3600, 4, Window(sink_frames=6, recent_frames=62), 16),
+    "world-model": Geometry(model=WORLD, window=Window(recent_frames=32), span_frames=8, pixel_frames=1),
 }
-"""Layers, heads, tokens per latent frame and chunk lengths as published; windows shortened to whole spans."""
+"""Layers, heads, tokens per latent frame and chunk lengths as published; windows shortened to whole spans. The last one
+is the small world model of this project."""
+DRAWN = ("hy-worldplay", "lingbot-v2", "longcat", "self-forcing")
+"""Those that swarms draw."""
 
 
 @cache
@@ -92,19 +106,27 @@ class StaticCache:
         geometry: of the streams.
         pool_nbytes: size of the pool.
         format: of quantised pages.
+        demote_to: what they can be demoted to, or None.
     """
 
-    def __init__(self, geometry: Geometry, pool_nbytes: int, format: str = "qvg4-int2") -> None:  # noqa: A002
+    def __init__(
+        self,
+        geometry: Geometry,
+        pool_nbytes: int,
+        format: str | PageFormat = "qvg4-int2",  # noqa: A002
+        demote_to: str | PageFormat | None = None,
+    ) -> None:
         self.geometry = geometry
-        self.config = CacheConfig(memory=pool_nbytes, format=format, span_frames=geometry.span_frames)
+        self.config = CacheConfig(
+            memory=pool_nbytes, format=format, span_frames=geometry.span_frames, demote_to=demote_to
+        )
         self.layouts = page_layouts(geometry.model, self.config)
-        sizes = [size for size in object_counts(self.layouts, Demand(1, 1, 1)) if size]
-        self.slabs = SlabGeometry.choose(sizes, pool_nbytes)
+        self.slabs = SlabGeometry.choose(object_sizes(self.layouts), pool_nbytes)
         self.pool_nbytes = self.slabs.nbytes
         self.frames_per_chunk = geometry.model.frames_per_chunk
-        sizes = [self.layouts[0].page_nbytes, 0, 0]
+        sizes = [self.layouts[0].page_nbytes, 0, 0, self.layouts[-1].page_nbytes]
         if len(self.layouts) > 1:
-            sizes[1:] = self.layouts[1].page_nbytes, self.layouts[1].codebook_nbytes
+            sizes[1:3] = self.layouts[1].page_nbytes, self.layouts[1].codebook_nbytes
         self._sizes = sizes
 
     def demand(self, window: Window, frames: int | None = None) -> Demand:
@@ -116,9 +138,10 @@ class StaticCache:
         return _chunk_demand(stream_timeline(self.config, window), committed, frames)
 
     def by_format(self, demand: Demand) -> list[int]:
-        """Pool bytes of unquantised pages, quantised pages and codebooks."""
-        dense, quantised, codebooks = self._sizes
-        return [demand.dense_pages * dense, demand.quantised_pages * quantised, demand.codebooks * codebooks]
+        """Pool bytes of unquantised pages, quantised pages and codebooks; demoted pages count as quantised ones."""
+        dense, quantised, codebooks, demoted = self._sizes
+        pages = demand.quantised_pages * quantised + demand.demoted_pages * demoted
+        return [demand.dense_pages * dense, pages, demand.codebooks * codebooks]
 
     def demand_nbytes(self, demand: Demand) -> int:
         """Pool bytes of `demand`."""
@@ -129,12 +152,13 @@ class StaticCache:
         dense = sum([demand.dense_pages for demand in demands])
         quantised = sum([demand.quantised_pages for demand in demands])
         codebooks = sum([demand.codebooks for demand in demands])
+        demoted = sum([demand.demoted_pages for demand in demands])
         slab, usable = (
             self.slabs.slab_nbytes,
             self.slabs.num_slabs if nbytes is None else nbytes // self.slabs.slab_nbytes,
         )
         needed = 0
-        for size, count in zip(self._sizes, (dense, quantised, codebooks), strict=True):
+        for size, count in zip(self._sizes, (dense, quantised, codebooks, demoted), strict=True):
             if count:
                 needed += -(-count // (slab // size))
         return needed <= usable
@@ -148,10 +172,19 @@ class SimulatedCache(StaticCache):
         pool_nbytes: size of the pool.
         host_nbytes: bytes for parked streams.
         costs: time of transfers.
+        format, demote_to: of quantised pages.
     """
 
-    def __init__(self, geometry: Geometry, pool_nbytes: int, host_nbytes: int, costs: Costs) -> None:
-        super().__init__(geometry, pool_nbytes)
+    def __init__(
+        self,
+        geometry: Geometry,
+        pool_nbytes: int,
+        host_nbytes: int,
+        costs: Costs,
+        format: str = "qvg4-int2",  # noqa: A002
+        demote_to: str | None = None,
+    ) -> None:
+        super().__init__(geometry, pool_nbytes, format, demote_to)
         self.host_nbytes = host_nbytes
         self._costs = costs
 

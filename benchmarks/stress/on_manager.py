@@ -26,7 +26,7 @@ from qvg_paged.events import inject_fault
 from qvg_paged.park import Tier
 from qvg_paged.scheduler import Plan
 from stress.faults import RESUMING
-from stress.models import MODELS
+from stress.models import MODELS, Geometry
 from stress.real_cache import ManagerCache, make_cache, reduced
 from stress.run import Run
 from stress.scenario import Scenario
@@ -70,9 +70,12 @@ class ManagerRun(Simulator):
         self.manager = self.cache.manager
 
     def _make_cache(self) -> ManagerCache:  # type: ignore[override]
-        geometry = MODELS[self.scenario.model]
-        self.geometry = geometry if self._real else reduced(geometry)
-        return make_cache(self.scenario, self.geometry, self._device, self._folder)
+        self.geometry = self._geometry(MODELS[self.scenario.model])
+        return make_cache(self.scenario, self.geometry, self._device, self._folder, real=self._real)
+
+    def _geometry(self, geometry: Geometry) -> Geometry:
+        """What the streams' pages are made of."""
+        return geometry if self._real else reduced(geometry)
 
     def _close(self, name: str) -> None:
         super()._close(name)
@@ -92,6 +95,22 @@ class ManagerRun(Simulator):
             request = self.requests[decision.stream_id]
             self._streams[request.id] = self.manager.open(request.id, tenant=request.tenant, window=request.window)
         return super()._move(plan)
+
+    def _squeeze(self, plan: Plan) -> float:
+        for decision in (*plan.demoted, *plan.shrunk):
+            stream, now = self._streams[decision.stream_id], decision.squeeze
+            assert now is not None
+            if now.rung > stream.rung:
+                stream.demote(now.rung)
+            if now.retrieval_frames is not None and now.retrieval_frames < stream.window.retrieval_frames:
+                stream.shrink_retrieval(now.retrieval_frames)
+        seconds = super()._squeeze(plan)
+        for decision in (*plan.demoted, *plan.shrunk):
+            stream = self._streams[decision.stream_id]
+            frames = min(self.cache.frames_per_chunk, self.requests[stream.id].frames - stream.committed)
+            held = stream.timeline.demand(stream.committed, frames)
+            assert held == self._demand(stream.id), f"{stream.id} holds {held}, the books say {self._demand(stream.id)}"
+        return seconds
 
     def _park(self, name: str, fault: str) -> None:
         stream = self._streams[name]
@@ -138,6 +157,9 @@ class ManagerRun(Simulator):
             fault = self.faults.broken.get(decision.stream_id, "")
             if fault not in RESUMING:
                 self._chunk(self._streams[decision.stream_id], len(decision.frames or ()), fault)
+        self._check(plan)
+
+    def _check(self, plan: Plan) -> None:
         if plan.step % CHECK_EVERY == 0:
             self.manager.check_integrity()
 
@@ -209,10 +231,14 @@ class ManagerRun(Simulator):
 
 
 def run_on_manager(scenario: Scenario, seed: int, device: str, *, real: bool = False) -> Run:
-    """Run it on a cache of its own.
+    """Run it on a cache of its own; the model ``world-model`` generates what the streams of others make up.
 
     Raises:
         AssertionError, QvgPagedError: the store did something that it must not.
     """
     with tempfile.TemporaryDirectory(prefix="qvg-stress-") as folder:
+        if scenario.model == "world-model":
+            from stress.world_run import WorldRun  # noqa: PLC0415 - needs what generates, and knows this module
+
+            return WorldRun(scenario, seed, device, Path(folder)).run()
         return ManagerRun(scenario, seed, device, Path(folder), real=real).run()

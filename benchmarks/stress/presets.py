@@ -19,6 +19,13 @@ PRESETS = {
         policy="fair-share", streams=128, load=0.9, arrivals="herd", pool_streams=8.0, fps=0.5, config=_SLOTS
     ),
     "oversubscribed": Scenario(policy="fair-share", streams=100, load=1.2, pool_streams=3.0, fps=0.5),
+    "ladder": Scenario(
+        policy="fair-share", streams=100, load=1.2, pool_streams=3.0, fps=0.5, ladder="tails", config=_SLOTS
+    ),
+    "retrieval": Scenario(
+        policy="fair-share", streams=100, load=1.2, pool_streams=3.0, fps=0.5, ladder="spans", retrieval_frames=24,
+        frames=(48, 120), config=_SLOTS,
+    ),
     "cannot-park": Scenario(policy="fair-share", streams=100, load=0.8, pool_streams=6.0, fps=0.5, can_park=False),
     "many-tenants": Scenario(
         policy="fair-share", streams=400, tenants=100, load=1.0, pool_streams=8.0, fps=0.5, config=_SLOTS

@@ -6,15 +6,27 @@ from typing import Any
 
 import torch
 
-from qvg_paged import FORMATS, CacheConfig, KVCacheManager, ScaleRule, Window
+from qvg_paged import FORMATS, CacheConfig, KVCacheManager, PageFormat, ScaleRule, Window
 from qvg_paged.budget import Budget, stream_timeline
+from qvg_paged.scheduler import TieredCache
 from qvg_paged.timeline import Demand
+from stress.ladder_cache import LADDERS
 from stress.models import Geometry, StaticCache
 from stress.scenario import Scenario
 
-__all__ = ["ManagerCache", "ParkingManagerCache", "make_cache", "reduced"]
+__all__ = ["LadderManagerCache", "ManagerCache", "ParkingManagerCache", "make_cache", "reduced"]
 
-FAST = FORMATS["qvg4-int2"].with_codecs(iterations=1, num_centroids=2, scale_rule=ScaleRule.ABSMAX)
+
+
+def _fast(name: str) -> PageFormat:
+    return FORMATS[name].with_codecs(iterations=1, num_centroids=2, scale_rule=ScaleRule.ABSMAX)
+
+
+def _formats(scenario: Scenario, *, real: bool) -> dict[str, Any]:
+    """Formats of the scenario's ladder; those of small heads, or of a CPU, are quick ones."""
+    kept, cheapest = LADDERS.get(scenario.ladder, ("qvg4-int2", None))
+    make = FORMATS.__getitem__ if real else _fast
+    return {"format": make(kept), "demote_to": None if cheapest is None else make(cheapest)}
 
 
 def reduced(geometry: Geometry) -> Geometry:
@@ -44,7 +56,8 @@ class ManagerCache:
 
     def by_format(self, demand: Demand) -> list[int]:
         """Pool bytes of unquantised pages, quantised pages and codebooks."""
-        parts = Demand(demand.dense_pages), Demand(0, demand.quantised_pages), Demand(0, 0, demand.codebooks)
+        quantised = Demand(0, demand.quantised_pages, 0, demand.demoted_pages)
+        parts = Demand(demand.dense_pages), quantised, Demand(0, 0, demand.codebooks)
         return [self.demand_nbytes(part) for part in parts]
 
 
@@ -71,13 +84,30 @@ class ParkingManagerCache(ManagerCache):
         return nbytes * self._pace
 
 
-def make_cache(scenario: Scenario, geometry: Geometry, device: str, folder: Path) -> ManagerCache:
+class LadderManagerCache(ParkingManagerCache):
+    """The same, and streams can be stored more cheaply.
+
+    Args:
+        manager: that can do all that.
+    """
+
+    def __init__(self, manager: KVCacheManager) -> None:
+        super().__init__(manager)
+        books = TieredCache(manager)
+        self.demand, self.chunk_demand, self.lowered = books.demand, books.chunk_demand, books.lowered
+        self.squeezed_demand = books.squeezed_demand
+
+
+def make_cache(
+    scenario: Scenario, geometry: Geometry, device: str, folder: Path, *, real: bool = False
+) -> ManagerCache:
     """A manager whose pool holds as many streams as the scenario says, with room for parked ones if it wants any."""
+    formats = _formats(scenario, real=real and torch.device(device).type == "cuda")
     fields: dict[str, Any] = {
-        "format": FAST, "span_frames": geometry.span_frames, "device": device, "staging": "16MiB",
+        **formats, "span_frames": geometry.span_frames, "device": device, "staging": "256MiB" if real else "16MiB",
     }  # fmt: skip
-    books = StaticCache(geometry, 1 << 42)
-    longest = books.demand_nbytes(books.demand(geometry.window, scenario.frames[1]))
+    books = StaticCache(geometry, 1 << 42, fields["format"], fields["demote_to"])
+    longest = books.demand_nbytes(books.demand(scenario.window, scenario.frames[1]))
     pool = int(longest * max(scenario.pool_streams, 1.5)) + 32 * books.layouts[0].page_nbytes
     roomy = Budget.split(geometry.model, CacheConfig(memory="4096GiB", **fields))
     memory = pool + roomy.staging + roomy.encode
@@ -85,4 +115,6 @@ def make_cache(scenario: Scenario, geometry: Geometry, device: str, folder: Path
     if scenario.can_park and host:
         fields |= {"host_memory": host, "disk_path": folder, "disk_memory": host + (64 << 20)}
     manager = KVCacheManager(geometry.model, CacheConfig(memory=memory + max(512 << 10, memory // 63), **fields))
-    return ParkingManagerCache(manager) if scenario.can_park and host else ManagerCache(manager)
+    if not (scenario.can_park and host):
+        return ManagerCache(manager)
+    return LadderManagerCache(manager) if scenario.ladder else ParkingManagerCache(manager)

@@ -1,12 +1,14 @@
 """What a run is made of: drawn from a seed (swarm sampling), or written down."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
+from qvg_paged.config import QualityFloor, Rung, Window
 from qvg_paged.scheduler import SchedulerConfig, TenantSpec
 from stress.arrivals import ARRIVALS, Arrival
 from stress.faults import FAULTS, HOSTILE
-from stress.models import MODELS, Costs
+from stress.ladder_cache import LADDERS
+from stress.models import DRAWN, MODELS, Costs
 
 __all__ = ["POLICIES", "Scenario", "draw_scenario", "tenant_specs"]
 
@@ -29,6 +31,8 @@ class Scenario:
         pool_streams: size of the pool, in longest streams at their worst.
         host_streams: the same for the host.
         can_park: whether the cache can.
+        ladder: name in `LADDERS` if streams can be stored more cheaply before, or empty; needs `can_park`.
+        retrieval_frames: frames that streams keep past the visible ones, of which the ladder takes some.
         weights: of tenants, in turn.
         ceiling: share of the pool that every tenant may hold, or None.
         floor: share of the pool that the first tenant gets back on demand.
@@ -52,6 +56,8 @@ class Scenario:
     pool_streams: float = 4.0
     host_streams: float = 1000.0
     can_park: bool = True
+    ladder: str = ""
+    retrieval_frames: int = 0
     weights: tuple[float, ...] = (1.0,)
     ceiling: float | None = None
     floor: float = 0.0
@@ -61,6 +67,11 @@ class Scenario:
     most_steps: int = 20_000
     config: SchedulerConfig = field(default_factory=SchedulerConfig)
     costs: Costs = field(default_factory=Costs)
+
+    @property
+    def window(self) -> Window:
+        """What its streams keep."""
+        return replace(MODELS[self.model].window, retrieval_frames=self.retrieval_frames)
 
     @property
     def slots(self) -> float:
@@ -83,6 +94,7 @@ def tenant_specs(scenario: Scenario, pool_nbytes: int) -> dict[str, TenantSpec]:
             ceiling_nbytes=None if scenario.ceiling is None else int(scenario.ceiling * pool_nbytes),
             floor_nbytes=int(scenario.floor * pool_nbytes) if index == 0 else 0,
             max_queued=scenario.config.default_tenant.max_queued,
+            quality=QualityFloor(rung=Rung.TAIL) if scenario.ladder and index % 4 == 1 else QualityFloor(),
         )
         for index in range(scenario.tenants)
     }
@@ -93,8 +105,8 @@ def draw_scenario(seed: int, least_events: int = 0) -> Scenario:
     rng = Random(f"scenario {seed}")
     hostile = rng.random() < 0.25
     faults = {name: rng.choice([0.02, 0.1]) for name in FAULTS if rng.random() < 0.4}
-    chunk = MODELS[model := rng.choice(sorted(MODELS))].model.frames_per_chunk
-    return Scenario(
+    chunk = MODELS[model := rng.choice(DRAWN)].model.frames_per_chunk
+    scenario = Scenario(
         model=model,
         policy=rng.choice(sorted(HOSTILE) if hostile else POLICIES),
         streams=rng.choice([20, 40, 60]),
@@ -121,3 +133,7 @@ def draw_scenario(seed: int, least_events: int = 0) -> Scenario:
             policy_strikes=rng.choice([3, 1000]),
         ),
     )
+    ladder = rng.choice(["", *LADDERS])
+    if not ladder or not scenario.can_park:
+        return scenario
+    return replace(scenario, ladder=ladder, retrieval_frames=rng.choice([0, 0, 2 * MODELS[model].span_frames]))

@@ -12,17 +12,24 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+from qvg_paged.config import QualityFloor, Rung
+from qvg_paged.ladder import Squeeze
 from qvg_paged.scheduler import DecisionLog, Outcome, Plan, Policy, Scheduler, StreamRequest, load_policy
+from qvg_paged.scheduler.backend import LadderBackend
 from qvg_paged.timeline import Demand
 from stress.arrivals import Arrival, arrival_times
 from stress.faults import HOSTILE, VirtualClock, VirtualRunner
 from stress.injector import Injector
+from stress.ladder_cache import LADDERS, LadderCache
 from stress.models import MODELS, SimulatedCache, StaticCache
 from stress.run import Run
 from stress.scenario import Scenario, tenant_specs
 
 __all__ = ["Run", "Simulator", "simulate"]
 
+TAILS = QualityFloor(rung=Rung.TAIL, retrieval_frames=4)
+FLOORS = (QualityFloor(), QualityFloor(), TAILS, QualityFloor(rung=Rung.NONE))
+"""What streams of a scenario with a ladder put up with, if they vary."""
 MORE = 8
 """Streams that come at a time once the scenario's own have come and too little has happened."""
 OWN = ("fcfs", "priority", "fair-share", "earliest-deadline")
@@ -59,6 +66,7 @@ class Simulator:
         self.requests: dict[str, StreamRequest] = {}
         self.open: dict[str, int] = {}
         self.on_host: set[str] = set()
+        self.squeezed: dict[str, Squeeze] = {}
         self.leaving: list[tuple[float, str]] = []
         self.gone: deque[str] = deque(maxlen=8)
         self.serial = 0
@@ -67,13 +75,17 @@ class Simulator:
 
     def _make_cache(self) -> StaticCache:
         scenario = self.scenario
-        roomy = StaticCache(self.geometry, 1 << 42)
-        longest = roomy.demand_nbytes(roomy.demand(self.geometry.window, scenario.frames[1]))
+        kept, cheapest = LADDERS.get(scenario.ladder, ("qvg4-int2", None))
+        roomy = StaticCache(self.geometry, 1 << 42, kept, cheapest)
+        longest = roomy.demand_nbytes(roomy.demand(scenario.window, scenario.frames[1]))
         least = 8 * max(layout.page_nbytes + layout.codebook_nbytes for layout in roomy.layouts)
         pool = max(int(scenario.pool_streams * longest), least)
         if not scenario.can_park:
             return StaticCache(self.geometry, pool)
-        return SimulatedCache(self.geometry, pool, int(scenario.host_streams * longest), scenario.costs)
+        host = int(scenario.host_streams * longest)
+        if not scenario.ladder:
+            return SimulatedCache(self.geometry, pool, host, scenario.costs)
+        return LadderCache(self.geometry, pool, host, scenario.costs, scenario.ladder)
 
     def _make_policy(self) -> Policy:
         if self.scenario.policy in HOSTILE:
@@ -145,10 +157,11 @@ class Simulator:
             f"s{self.serial}",
             tenant,
             frames,
-            self.geometry.window,
+            scenario.window,
             deadline_fps=scenario.fps,
             priority=rng.choice([0, 0, 0, 1, 5]) if scenario.varied else 0,
             branches=rng.choice([1, 1, 1, 2]) if scenario.varied and scenario.pool_streams > 2 else 1,
+            quality=rng.choice(FLOORS) if scenario.varied and scenario.ladder else QualityFloor(),
         )
         request = replace(request, **changes) if changes else request
         self.requests[request.id] = request
@@ -171,7 +184,7 @@ class Simulator:
             self._close(decision.stream_id)
         committed = {decision.stream_id: len(decision.frames or ()) for decision in plan.running}
         failed = self.faults.break_chunks(plan, committed)
-        seconds = self._move(plan)
+        seconds = self._squeeze(plan) + self._move(plan)
         self._note_memory(plan)
         self._generate(plan)
         self.clock.now += seconds + self.scenario.costs.batch(len(plan.running))
@@ -189,11 +202,23 @@ class Simulator:
         """A stream is over."""
         self.open.pop(name, None)
         self.on_host.discard(name)
+        self.squeezed.pop(name, None)
         del self.requests[name]
         self.gone.append(name)
 
     def _generate(self, plan: Plan) -> None:
         """The work, of which the simulation has none."""
+
+    def _squeeze(self, plan: Plan) -> float:
+        """Store streams more cheaply; the seconds that it takes."""
+        seconds = 0.0
+        for decision in (*plan.demoted, *plan.shrunk):
+            assert decision.squeeze is not None
+            before = self._demand(decision.stream_id).dense_pages
+            self.squeezed[decision.stream_id] = decision.squeeze
+            fewer = before - self._demand(decision.stream_id).dense_pages
+            seconds += self.scenario.costs.squeeze(max(0, fewer) * self.geometry.model.frame_nbytes)
+        return seconds
 
     def _move(self, plan: Plan) -> float:
         """Park, resume and open; the seconds that the transfers take."""
@@ -218,7 +243,11 @@ class Simulator:
     def _demand(self, name: str) -> Demand:
         request, committed = self.requests[name], self.open[name]
         frames = max(1, min(self.cache.frames_per_chunk, request.frames - committed))
-        return self.cache.occupied(request.window, committed, frames) * request.branches
+        now = self.squeezed.get(name)
+        if now is None:
+            return self.cache.occupied(request.window, committed, frames) * request.branches
+        assert isinstance(self.cache, LadderBackend)
+        return self.cache.squeezed_demand(request.window, committed, frames, now) * request.branches
 
     def _note_memory(self, plan: Plan) -> None:
         """Whether the open chunks fit the pool: what the real store would find out the hard way."""
