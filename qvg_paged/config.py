@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any
@@ -277,6 +277,14 @@ class Window:
     bf16_sink: bool = False
     bf16_recent: int = 0
     retrieval_frames: int = 0
+
+    def __hash__(self) -> int:
+        """Made once: schedulers look up what a stream of a window needs again and again."""
+        found: int | None = self.__dict__.get("_hash")
+        if found is None:
+            names = (field.name for field in fields(self))
+            found = self.__dict__["_hash"] = hash(tuple([getattr(self, name) for name in names]))
+        return found
 
     def __post_init__(self) -> None:
         for name in ("sink_frames", "bf16_recent", "retrieval_frames"):

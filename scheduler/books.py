@@ -47,6 +47,7 @@ class Books:
         limit: bytes that may be promised.
         demand, nbytes: to all running streams.
         by_tenant: bytes by tenant.
+        has_floors, has_ceilings: whether any tenant has one.
         demoted, shrunk: decisions about streams that were squeezed in this step, by id.
         parked: decisions about streams that were parked in this step.
         news: waiting streams about which something else was decided than before.
@@ -62,10 +63,11 @@ class Books:
         self.rules, self.state, self.now, self.seed = rules, state, now, seed
         self.limit = rules.cache.pool_nbytes if state.limit is None else state.limit
         self.demand = total(state.running.values())
-        self.nbytes = sum(entry.need_nbytes for entry in state.running.values())
         self.by_tenant: dict[str, int] = {}
         for entry in state.running.values():
-            self.by_tenant[entry.tenant] = self.by_tenant.get(entry.tenant, 0) + entry.need_nbytes
+            tenant = entry.tenant
+            self.by_tenant[tenant] = self.by_tenant.get(tenant, 0) + entry.need_nbytes
+        self.nbytes = sum(self.by_tenant.values())
         self.demoted: dict[str, Decision] = {}
         self.shrunk: dict[str, Decision] = {}
         self.parked: list[Decision] = []
@@ -74,7 +76,9 @@ class Books:
         self.exchanges = 0
         self._view: Moment | None = None
         self._lasting = lasting
-        self.has_floors = any(tenant.spec.floor_nbytes for tenant in state.tenants.values())
+        specs = [tenant.spec for tenant in state.tenants.values()]
+        self.has_floors = any([spec.floor_nbytes for spec in specs])
+        self.has_ceilings = any([spec.ceiling_nbytes is not None for spec in specs])
 
     def view(self, *, forced: bool) -> SystemView:
         """What the policy sees now."""

@@ -85,7 +85,11 @@ class ByKey:
         """See `Order.walk`."""
         yield from (place for place in self.ahead if place[0] not in barred)
         done = self._out | {name for _, name in self.ahead} if self.ahead else self._out
-        heap = [(*self.turn(tenant, 0), tenant, 0) for tenant in self._lines]
+        turns = self._turns
+        if turns is None:
+            heap = [(*line[0][:2], tenant, 0) for tenant, line in self._lines.items()]
+        else:
+            heap = [(turns[tenant][0], line[0][1], tenant, 0) for tenant, line in self._lines.items()]
         heapify(heap)
         while heap:
             *_, tenant, index = heap[0]

@@ -17,8 +17,10 @@ def squeeze(books: Books, advice: Advice) -> None:
     Streams are stored more cheaply if that is enough; else one is parked, and so on.
     """
     state = books.state
-    over = [tenant for tenant in books.by_tenant if _excess(books, tenant) > 0]
-    if books.rules.parking is None or (not over and books.fits()):
+    if books.rules.parking is None:
+        return
+    over = [tenant for tenant in books.by_tenant if _excess(books, tenant) > 0] if books.has_ceilings else []
+    if not over and books.fits():
         return
     order = _by_default(books, advice.park(books.view(forced=True), None))
     for tenant in over:

@@ -51,7 +51,7 @@ MUTANTS = (
            "parked and resumed in one step"),
     Mutant("admission", "chunks_before=entry.chunks", "chunks_before=-9", "no minimum residency"),
     Mutant("admission", "barred[entry.tenant] = QUOTA", "first = entry", "one tenant's quota blocks all tenants"),
-    Mutant("pressure", "if books.rules.parking is None or (not over and books.fits()):", "if True:",
+    Mutant("pressure", "if not over and books.fits():", "if True:",
            "nobody is parked when streams grow"),
     Mutant("pressure", "ceiling is None else books.held(tenant) - ceiling", "True else 0",
            "a lowered quota is ignored"),
