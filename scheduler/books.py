@@ -77,16 +77,21 @@ class Books:
         self._view: Moment | None = None
         self._lasting = lasting
         specs = [tenant.spec for tenant in state.tenants.values()]
-        self.has_floors = any([spec.floor_nbytes for spec in specs])
-        self.has_ceilings = any([spec.ceiling_nbytes is not None for spec in specs])
+        self.has_floors = any(spec.floor_nbytes for spec in specs)
+        self.has_ceilings = any(spec.ceiling_nbytes is not None for spec in specs)
 
     def view(self, *, forced: bool) -> SystemView:
         """What the policy sees now."""
-        if self._view is None or self._view.forced is not forced:
-            self._view = Moment(
-                self.rules, self.state, self.now, self.seed, self.by_tenant, forced=forced, lasting=self._lasting
-            )
+        if forced:
+            return self._look(forced=True)
+        if self._view is None:
+            self._view = self._look(forced=False)
         return self._view
+
+    def _look(self, *, forced: bool) -> Moment:
+        return Moment(
+            self.rules, self.state, self.now, self.seed, self.by_tenant, forced=forced, lasting=self._lasting
+        )
 
     @property
     def is_full(self) -> bool:

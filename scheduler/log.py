@@ -97,5 +97,6 @@ def _reasons(decisions: Sequence[Decision]) -> list[list[str]]:
 
 
 def _run(state: State, decision: Decision) -> list[Any]:
-    frames = decision.frames or range(0)
+    frames = decision.frames
+    assert frames is not None
     return [decision.stream_id, frames.start, len(frames), state.running[decision.stream_id].need_nbytes]

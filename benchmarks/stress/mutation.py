@@ -40,8 +40,8 @@ from stress.simulator import simulate
 __all__ = ["TARGETS", "Change", "changes", "main"]
 
 ROOT = Path(__file__).resolve().parents[2]
-SCHEDULER = ("test_policies.py", "test_scheduler.py", "test_line.py", "test_pressure.py", "test_plugins.py",
-             "test_simulator.py", "test_bad_input.py", "test_tiers.py", "test_async.py")  # fmt: skip
+NAMES = "policies line books pressure scheduler plugins simulator bad_input tiers async metrics"
+SCHEDULER = tuple(f"test_{name}.py" for name in NAMES.split())
 MODULES = ("admission", "books", "core", "guard", "inputs", "line", "log", "policy", "pressure", "relief", "scheduler",
            "snapshot", "state", "tenant", "view")  # fmt: skip
 TARGETS: dict[str, tuple[str, ...]] = {
