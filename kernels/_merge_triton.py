@@ -16,7 +16,9 @@ MOST_PIECES = 5
 UNIT = tl.constexpr(16)
 """In a tuple Triton compiles anew for 1 and for multiples of 16, whatever is asked for: all strides are multiples."""
 FEW_ROWS = 8192
-"""Rows up to which a row is merged by a program of its own, all of its partial results at once."""
+"""Rows up to which a row is merged by a program of its own, many of its partial results at once."""
+IDLE_ROWS = 1024
+"""Rows up to which the machine waits for loads, so that more of them are asked for at once."""
 
 
 @triton.jit(do_not_specialize=["num_partials", "rows"])
@@ -142,9 +144,10 @@ def merge_partials(partials: torch.Tensor, partial_lse: torch.Tensor, out: torch
     """Launch; arguments as in `qvg_paged.kernels.merge.merge_partials`."""
     rows = lse.numel()
     if rows <= FEW_ROWS:
+        together, warps = (64, 8) if rows <= IDLE_ROWS else (16, 4)
         launch(
             _merge_row_kernel, (rows,), out, lse, partials, partial_lse, len(partials), rows,
-            HEAD_DIM=out.shape[-1], TOGETHER=16,
+            HEAD_DIM=out.shape[-1], TOGETHER=together, num_warps=warps,
         )  # fmt: skip
         return
     launch(

@@ -3,7 +3,7 @@
 A table, in 4-byte units, for `ROWS` query rows (units of scores are chosen so that ``scale * raw product`` is one):
 
     centroids  [num_centroids, ROWS] float32     score of a key that is exactly this centroid
-    queries    [ROWS, head_dim] float16          balanced, times a power of two that brings the largest near 2^13
+    queries    [16, head_dim] float16            balanced, times a power of two that brings the largest near 2^13
     units      [ROWS] float32                    log2 of a weight per unit of score
     starts     [blocks, ROWS] float32            what the grid's offset adds to the raw product of a block
 """
@@ -23,7 +23,7 @@ FIELD = tl.constexpr(2.0**24)
 
 def table_floats(num_centroids: int, head_dim: int, blocks: int, rows: int) -> int:
     """Size of a table in 4-byte units."""
-    return num_centroids * rows + rows * head_dim // 2 + (1 + blocks) * rows
+    return num_centroids * rows + 16 * head_dim // 2 + (1 + blocks) * rows
 
 
 @triton.jit(do_not_specialize=["heads", "group", "floats"])
@@ -58,9 +58,9 @@ def query_tables_kernel(
     if tl.program_id(2) == 0:
         rounded = query.to(tl.float16)
         halves = (table + key_part.num_centroids * ROWS).to(tl.pointer_type(tl.float16))
+        tl.store(halves + row[:, None] * HEAD_DIM + channel[None, :], rounded)
+        factors = table + key_part.num_centroids * ROWS + 16 * HEAD_DIM // 2
         mine = row < ROWS
-        tl.store(halves + row[:, None] * HEAD_DIM + channel[None, :], rounded, mask=mine[:, None])
-        factors = table + key_part.num_centroids * ROWS + ROWS * HEAD_DIM // 2
         tl.store(factors + row, power_unit / power, mask=mine)
         for block in tl.static_range(BLOCKS):
             within = channel // (HEAD_DIM // BLOCKS) == block

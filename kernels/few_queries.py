@@ -27,6 +27,8 @@ FEW_ROWS = 64
 CODE_ROWS = 16
 START_GROUPS = 6
 """What a program does before and after its groups, in groups."""
+MOST_GROUPS = 64
+"""Groups of a share at most: 4096 keys, whose weights the kernel's integers can hold."""
 WARPS_PER_MULTIPROCESSOR = 8
 LOG2_E = math.log2(math.e)
 
@@ -175,8 +177,10 @@ def _share_length(lengths: list[int], programs: int) -> int:
         count = sum(times * math.ceil(length / longest) for length, times in starts.items())
         return math.ceil(count / programs) * (longest + START_GROUPS)
 
-    ideal = [max(1, total / (programs * waves)) for waves in (1, 2, 3, 4)]
-    return min((math.ceil(length * stretch / 20) for length in ideal for stretch in range(20, 41)), key=cost)
+    fewest = max(1, math.ceil(total / (programs * MOST_GROUPS)))
+    ideal = [max(1, total / (programs * waves)) for waves in range(fewest, fewest + 4)]
+    wanted = (math.ceil(length * stretch / 20) for length in ideal for stretch in range(20, 41))
+    return min((min(length, MOST_GROUPS) for length in wanted), key=cost)
 
 
 def _runs(table: BlockTable, fmt: int, sequence: int) -> Iterator[tuple[int, int, int]]:
@@ -256,6 +260,5 @@ def few_queries_attention(
         few_queries_kernel, (len(work.items), key.heads),
         partials, partial_lse, scratch, buffer, pages, work.items, partials.shape[1], key.heads, group, key.tokens,
         floats, key_part, value_part,
-        VALUE=part_code(layout.value), HEAD_DIM=key.head_dim, CB=key.codec.block_size, ROWS=rows,
-        ALIGNED=key.tokens % 4 == 0, num_warps=1,
+        VALUE=part_code(layout.value), BLOCKS=blocks, ROWS=rows, ALIGNED=key.tokens % 4 == 0, num_warps=1,
     )  # fmt: skip

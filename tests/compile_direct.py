@@ -67,7 +67,7 @@ def compile_few_queries(head_dim: int, rows: int) -> dict[str, Any]:
         FORMATS["qvg4-int2"], num_layers=1, tokens=1560, heads=4, head_dim=head_dim, dtype=torch.bfloat16,
         span_tokens=4680,
     )  # fmt: skip
-    constants = {"VALUE": part_code(layout.value), "HEAD_DIM": head_dim, "CB": 64, "ROWS": rows, "ALIGNED": True}
+    constants = {"VALUE": part_code(layout.value), "BLOCKS": head_dim // 64, "ROWS": rows, "ALIGNED": True}
     pointers = {"partials": "*fp32", "partial_lse": "*fp32", "tables": "*fp32", "buffer": "*u8", "pages": "*i32",
                 "items": "*i32"}  # fmt: skip
     types: dict[str, Any] = {**pointers, **dict.fromkeys(constants, "constexpr")}

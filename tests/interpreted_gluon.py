@@ -3,8 +3,11 @@
 What it shows is that the algorithm is right. Which register holds what is the compiler's and the GPU tests' affair.
 """
 
+import ctypes
+import re
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +109,9 @@ def _words(x: Any) -> np.ndarray:
 def _typed(words: list[np.ndarray], shape: list[int], dtype: Any) -> Any:
     word = np.uint16 if dtype == tl.bfloat16 else np.uint32
     stacked = np.stack([w.astype(word) for w in words], -1)
-    made = np.ascontiguousarray(stacked).view(NUMPY[dtype]).reshape(shape)
+    made = np.ascontiguousarray(stacked).view(NUMPY[dtype]).reshape(shape or [1])
     handle = triton.runtime.interpreter.TensorHandle(made, dtype)
-    return tl.core.tensor(handle, tl.block_type(dtype, shape))
+    return tl.core.tensor(handle, tl.block_type(dtype, shape) if shape else dtype)
 
 
 def _emulate(asm: str, words: list[np.ndarray]) -> list[list[np.ndarray]]:
@@ -119,6 +122,8 @@ def _emulate(asm: str, words: list[np.ndarray]) -> list[list[np.ndarray]]:
         floats = [torch.from_numpy(((words[0] >> 8 * i) & 0xFF).astype(np.uint8)).view(torch.float8_e4m3fn).float()
                   for i in range(4)]  # fmt: skip
         return [[x.numpy().view(np.uint32)] for x in floats]
+    if "shared" in asm or "bar.warp" in asm:
+        return [[_emulate_shared(asm, *words)]]
     if "0x4441" in asm:
         return [[(words[0] >> 8 * i) & 0xFF] for i in range(4)]
     if "0x5410" in asm:
@@ -127,9 +132,32 @@ def _emulate(asm: str, words: list[np.ndarray]) -> list[list[np.ndarray]]:
         return [[low], [low >> 8], [high], [high >> 8]]
     if "and.b32" in asm:
         mask = np.uint32(int(asm.split("$2, ")[1].split(";", maxsplit=1)[0]))
-        return [[words[0] & mask, words[1] & mask]]
-    assert asm.startswith("shr.u32 $0, $1, 8")
-    return [[words[0] >> 8]]
+        return [[words[0][..., ::4] & mask, words[1][..., ::4] & mask]]
+    raise AssertionError(asm)
+
+
+SHARED = np.full(8192, 0xFFFFFFFF, np.uint32)
+"""Shared memory of the program that runs; what it starts with is not what the last one left, but might be anything."""
+
+
+def _emulate_shared(asm: str, at: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    place = at // 4
+    if "weights_of_centroids" in asm:  # where they begin
+        return np.zeros_like(at)
+    if "cp.async.cg" in asm:
+        assert weights is not None
+        for to, source in zip(place.flat, weights.flat, strict=True):
+            SHARED[to : to + 4] = np.ctypeslib.as_array((ctypes.c_uint32 * 4).from_address(int(source)))
+        return at
+    if "red.shared.add" in asm:
+        assert weights is not None
+        np.add.at(SHARED, place, np.rint(weights.view(np.float32)).astype(np.uint32))
+    elif "st.shared" in asm:
+        assert weights is not None
+        SHARED[place] = np.rint(SHARED[place].astype(np.float32) * weights.view(np.float32)).astype(np.uint32)
+    elif "ld.shared" in asm:
+        return SHARED[place].astype(np.float32).view(np.uint32) if "cvt" in asm else SHARED[place]
+    return at
 
 
 def _bf16(bits: np.ndarray) -> np.ndarray:
@@ -184,12 +212,22 @@ def _product(a: Any, b: Any, acc: Any) -> Any:
     return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
 
 
-def interpreted(path: Path) -> types.ModuleType:
-    """The Gluon module at `path` with its kernels interpreted."""
+def interpreted(path: Path, parts: Sequence[Path] = ()) -> types.ModuleType:
+    """The Gluon module at `path` with its kernels interpreted; `parts` are modules that it takes functions from."""
     tl.core.block_type.layout = _Layout()
+    names: dict[str, Any] = {}
+    for part in parts:
+        made = vars(_interpreted(part, names))
+        names.update((name, made[name]) for name in made["__all__"])
+    return _interpreted(path, names)
+
+
+def _interpreted(path: Path, names: dict[str, Any]) -> types.ModuleType:
     # Line numbers stay: the interpreter reads the source again.
-    lines = ["" if line.startswith("from triton.experimental") else line for line in path.read_text().splitlines()]
+    text = re.sub(r"^from (triton\.experimental|qvg_paged\.kernels\._few)[^(\n]*(\([^)]*\))?",
+                  lambda found: "\n" * found[0].count("\n"), path.read_text(), flags=re.MULTILINE)  # fmt: skip
     module = types.ModuleType("interpreted_" + path.stem)
+    module.__dict__.update(names)
     module.__dict__.update(gl=_Language(), gluon=types.SimpleNamespace(jit=triton.jit), mma_v2=_product, tl=tl)
     module.__dict__.update(
         warpgroup_mma=_fused, warpgroup_mma_wait=lambda _, values: values[0], fence_async_shared=lambda: None,
@@ -197,9 +235,9 @@ def interpreted(path: Path) -> types.ModuleType:
     )
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
-    exec(compile("\n".join(lines), str(path), "exec"), module.__dict__)
-    for value in list(vars(module).values()):
-        if hasattr(value, "rewrite"):
+    exec(compile(text, str(path), "exec"), module.__dict__)
+    for name, value in list(vars(module).items()):
+        if hasattr(value, "rewrite") and name not in names:
             rewritten = value.rewrite()
             rewritten.__annotations__ = dict.fromkeys(rewritten.__annotations__, "constexpr")
     return module

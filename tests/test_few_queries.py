@@ -15,7 +15,7 @@ from qvg_paged.kernels import direct_path, few_queries
 from qvg_paged.kernels.attention import AttentionPath, paged_attention
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.formats import DENSE, FORMATS, CentroidType
-from qvg_paged.kernels.layout import PageLayout
+from qvg_paged.kernels.layout import GRANULE, PageLayout
 from qvg_paged.kernels.merge import merge_partials_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,8 +49,10 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("Triton's interpreter is off where there is a GPU")
     from interpreted_gluon import interpreted  # noqa: PLC0415
 
-    source = Path(few_queries.__file__).parent / "_few_queries_gluon.py"
-    monkeypatch.setitem(sys.modules, "qvg_paged.kernels._few_queries_gluon", interpreted(source))
+    folder = Path(few_queries.__file__).parent
+    parts = [folder / f"_few_{part}_gluon.py" for part in ("operands", "loads", "shared")]
+    module = interpreted(folder / "_few_queries_gluon.py", parts)
+    monkeypatch.setitem(sys.modules, "qvg_paged.kernels._few_queries_gluon", module)
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -95,6 +97,36 @@ def test_large_and_tiny_queries_lose_nothing() -> None:
     case.check(q, [0, 3], out, lse, 0.125)
 
 
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("queries", [1, 9])
+def test_tokens_that_all_have_one_centroid_are_summed_as_exactly_as_any(queries: int) -> None:
+    case = build_case([FORMATS["qvg4-int2"]], [[0, 0, 0]], tokens=256, heads=1, dtype=torch.bfloat16)
+    layout = case.layouts[0]
+    for page in case.table.pages:
+        for part, at in ((layout.key, layout.key_offset(LAYER)), (layout.value, layout.value_offset(LAYER))):
+            part.plane("ids").view(case.buffer, page * GRANULE + at).fill_(1)
+    q = torch.randn(queries, 1, 64, dtype=torch.bfloat16)
+    out, lse = attend(case, q, [0, queries], 1)
+    case.check(q, [0, queries], out, lse, 0.125)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_keys_that_score_higher_and_higher_are_weighted_by_the_highest() -> None:
+    case = build_case([FORMATS["qvg4-int2"]], [[0] * 4], tokens=64, heads=1, dtype=torch.bfloat16)
+    layout, q = case.layouts[0], torch.randn(2, 1, 64, dtype=torch.bfloat16)
+    for number, page in enumerate(case.table.pages):
+        scales = layout.key.plane("scales").view(case.buffer, page * GRANULE + layout.key_offset(LAYER))
+        scales.copy_(torch.full(scales.shape, 0.25 * 4.0**number))
+    out, lse = attend(case, q, [0, 2], 1)
+    case.check(q, [0, 2], out, lse, 0.125)
+
+
+def test_sums_of_weights_hold_as_many_keys_as_a_share_may_have() -> None:
+    shared = pytest.importorskip("qvg_paged.kernels._few_shared_gluon")
+    keys = few_queries.MOST_GROUPS * few_queries.CODE_ROWS * 4
+    assert keys * 2 ** (shared.SLACK.value + shared.FRACTION_BITS.value) <= 2**32
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     runs=st.lists(st.lists(st.integers(1, 5), max_size=3), min_size=1, max_size=4),
@@ -124,7 +156,7 @@ def test_shares_cover_every_key_of_every_query_once(
     read: dict[tuple[int, int], list[int]] = {}
     used: dict[tuple[int, int], list[int]] = {}
     for number, book, entry, first, count, slot, query, row, live in work.items.tolist():
-        assert count > 0
+        assert 0 < count <= few_queries.MOST_GROUPS
         assert set(flat[entry : entry + (first + count - 1) // per_page + 1]) == {book}
         assert work.tables[number].tolist() == [book, query, row, live]
         read.setdefault((query, row), []).extend(range(entry * per_page + first, entry * per_page + first + count))

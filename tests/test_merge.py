@@ -43,6 +43,17 @@ def test_a_part_without_keys_is_never_read(backend: Backend) -> None:
     assert (lse[0] == EMPTY).all()
 
 
+@pytest.mark.parametrize("rows", [5, 700])
+def test_many_partials_of_few_and_of_many_rows_are_merged_by_triton_as_by_pytorch(rows: int) -> None:
+    parts, lses = partials(70, rows, 16)
+    lses[torch.rand(70, rows, 3) < 0.3] = EMPTY
+    made = [(torch.empty(rows, 3, 16), torch.empty(rows, 3)) for _ in BACKENDS]
+    for (out, lse), backend in zip(made, BACKENDS, strict=True):
+        merge_partials(parts, lses, out, lse, backend=backend)
+    torch.testing.assert_close(made[1][0], made[0][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(made[1][1], made[0][1])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_merging_is_associative_up_to_rounding(backend: Backend) -> None:
     parts, lses = partials(5, 6, 128)
