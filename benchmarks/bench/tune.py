@@ -34,7 +34,7 @@ def grid(bench: Bench) -> Iterator[Point]:
     default = HistorySpec((18,), 1560, 12)
     specs = [
         (HistorySpec((frames,), 1560, heads, rope=rope), heads)
-        for rope in (False, True) for heads in (12, 40) for frames in (18, 53, 5)
+        for frames in (18, 53, 5) for rope in (False, True) for heads in (12, 40)
     ]  # fmt: skip
     specs += [(HistorySpec((18,), 1560, 12, format=name), 12) for name in ("qvg-int2", "qvg-int4", "qvg-pro-int2")]
     specs += [(HistorySpec((18,), 1560, heads, dim), heads) for heads, dim in ((24, 64), (6, 256))]
