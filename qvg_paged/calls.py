@@ -13,7 +13,8 @@ class Calls:
     """The lock of a manager.
 
     Attributes:
-        lookahead: between calls of `attend`, which lock `attending` instead.
+        lookahead: between calls of `attend` and `seal`, which lock `attending` instead: neither changes pages that
+            are read ahead, and only the first uses the staging buffer.
     """
 
     def __init__(self) -> None:

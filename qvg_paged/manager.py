@@ -185,7 +185,7 @@ class KVCacheManager:
 
     def seal(self, chunk: Chunk, layer: int) -> None:
         """See `Chunk.seal`."""
-        with self._lock:
+        with self._lock.attending:
             self._batches.check([chunk])
             seal_layer(self, chunk, layer)
 

@@ -1,8 +1,9 @@
 """The chunk loop of Wan 1.3B: real layer shapes, random weights, a history that moves on.
 
-A chunk is four denoising passes and the clean one over 3 frames that attend to 18 frames and themselves. Quantised, the
-manager reserves, attends with RoPE on read, commits, encodes the span that closes and evicts what left the window. The
-baseline keeps rotated BF16 keys in a ring that costs nothing to maintain, and attends by cuDNN.
+A chunk is four denoising passes and the clean one over 3 frames that attend to 18 frames and themselves. Quantised,
+the manager reserves, attends with RoPE on read, encodes the span that closes, commits and evicts what left the
+window; the clean pass tells which layers are final, so that they are encoded beside the rest of it. The baseline
+keeps rotated BF16 keys in a ring that costs nothing to maintain, and attends by cuDNN.
 """
 
 from collections.abc import Callable, Iterator
@@ -200,8 +201,18 @@ def _quantised_loop(model: WanModel, stream: Stream) -> Callable[[int], torch.Te
 
     def run(_: int) -> torch.Tensor:
         with stream.begin_chunk() as chunk:
-            for _ in range(model.shape.passes):
-                x = model.run(lambda layer, q, k, v: chunk.attend(layer, rotated(q), k, v))
+
+            def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+                return chunk.attend(layer, rotated(q), k, v)
+
+            def attend_last(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+                out = attend(layer, q, k, v)
+                chunk.seal(layer)
+                return out
+
+            for _ in range(model.shape.passes - 1):
+                model.run(attend)
+            x = model.run(attend_last)
             chunk.commit()
         return x
 
