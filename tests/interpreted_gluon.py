@@ -116,8 +116,6 @@ def _typed(words: list[np.ndarray], shape: list[int], dtype: Any) -> Any:
 
 def _emulate(asm: str, words: list[np.ndarray]) -> list[list[np.ndarray]]:
     """Per output tensor, its registers per instance of the assembly."""
-    if "bf16" in asm:
-        return _emulate_bfloat16(asm, words)
     if "e4m3x2" in asm:
         floats = [torch.from_numpy(((words[0] >> 8 * i) & 0xFF).astype(np.uint8)).view(torch.float8_e4m3fn).float()
                   for i in range(4)]  # fmt: skip
@@ -160,38 +158,6 @@ def _emulate_shared(asm: str, at: np.ndarray, weights: np.ndarray | None = None)
     return at
 
 
-def _bf16(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _emulate_bfloat16(asm: str, words: list[np.ndarray]) -> list[list[np.ndarray]]:
-    if "fma.rn.bf16x2" in asm:
-        return _levels(asm, *words)
-    if "set.eq.bf16x2" in asm:
-        first, second = words
-        return [[np.where((first ^ second) >> 16 * i & 0xFFFF, 0, 0x3F80) for i in range(2)]]
-    single = torch.from_numpy((words[0] & 0xFF).astype(np.uint8)).view(torch.float8_e4m3fn).float().numpy()
-    return [[(single.view(np.uint32) >> 16) * np.uint32(0x10001)]]
-
-
-def _levels(asm: str, codes: np.ndarray, scale: np.ndarray, rows: np.ndarray, shift: np.ndarray) -> list[Any]:
-    step = 2 if "shl.b32 t, t, 1" in asm else 1
-    base = _bf16(np.uint32(int(asm.split("mov.b32 base, ")[1].split(";", maxsplit=1)[0]) & 0xFFFF)[None])
-    rows = rows.view(np.uint16).reshape(*codes.shape, 4)
-    made = []
-    for channel in range(4):
-        level = 128.0 + step * ((codes >> shift >> 8 * channel) & 3).astype(np.float32) + base
-        value = level * _bf16(scale & 0xFFFF) + _bf16(rows[..., channel])
-        made.append([torch.from_numpy(value).bfloat16().view(torch.int16).numpy().view(np.uint16)])
-    return made
-
-
-def _fused(a: Any, b: _Shared, acc: Any, *, use_acc: bool = True, **_: object) -> Any:
-    left = a.value() if isinstance(a, _Shared) else a
-    made = tl.dot(left.to(tl.float32), b.value().to(tl.float32))
-    return acc + made if use_acc else made
-
-
 class _AsyncCopy:
     """Copies that are there at once."""
 
@@ -229,10 +195,7 @@ def _interpreted(path: Path, names: dict[str, Any]) -> types.ModuleType:
     module = types.ModuleType("interpreted_" + path.stem)
     module.__dict__.update(names)
     module.__dict__.update(gl=_Language(), gluon=types.SimpleNamespace(jit=triton.jit), mma_v2=_product, tl=tl)
-    module.__dict__.update(
-        warpgroup_mma=_fused, warpgroup_mma_wait=lambda _, values: values[0], fence_async_shared=lambda: None,
-        async_copy=_AsyncCopy,
-    )
+    module.__dict__.update(async_copy=_AsyncCopy)
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
     exec(compile(text, str(path), "exec"), module.__dict__)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from interpreted_gluon import _bf16, _fused, _Language, _Layout, _plain, _Shared
+from interpreted_gluon import _Language, _Layout, _plain, _Shared
 
 TURN = threading.Condition()
 PATIENCE = 120
@@ -121,6 +121,16 @@ class _Warps(_Language):
             thread.join()
         if failures:
             raise failures[0]
+
+
+def _fused(a: Any, b: _Shared, acc: Any, *, use_acc: bool = True, **_: object) -> Any:
+    left = a.value() if isinstance(a, _Shared) else a
+    made = tl.dot(left.to(tl.float32), b.value().to(tl.float32))
+    return acc + made if use_acc else made
+
+
+def _bf16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def _number(value: Any) -> int:
