@@ -112,20 +112,18 @@ def test_the_kernels_compile_for_hopper_once_per_codec() -> None:
         assert count == (4 if one_or_both else 2 if rotated_or_not or every_stage else 1)
 
 
-@pytest.mark.parametrize("fmt", ["qvg4-int2", "best-2bit", "dense"])
-def test_a_layer_decodes_to_what_its_tensors_do_by_themselves(fmt: str) -> None:
-    """K and V in one launch, keys turned; the tokens of a page end inside a tile."""
-    heads, dim, tokens = 3, 64, 270
+def check_layer_decodes(fmt: str, heads: int, dim: int, dtype: torch.dtype) -> None:
+    tokens = 270  # the last ones of a page fill part of a tile
     layout = PageLayout.build(
-        get_format(fmt), num_layers=2, tokens=tokens, heads=heads, head_dim=dim, dtype=torch.float16,
-        span_tokens=2 * tokens, split_pairs=True,
+        get_format(fmt), num_layers=2, tokens=tokens, heads=heads, head_dim=dim, dtype=dtype, span_tokens=2 * tokens,
+        split_pairs=True,
     )  # fmt: skip
     unit = -(-max(layout.page_nbytes, layout.codebook_nbytes) // GRANULE)
     pool = torch.randint(0, 5, (4 * unit * GRANULE,), dtype=torch.uint8, device=DEVICE)  # ids that are there
     pages, books = (torch.tensor(ids, dtype=torch.int32, device=DEVICE) * unit for ids in ([2, 0], [3, 3]))
     tables = RoPESpec(head_dim=dim, grid=(27, 10)).tables([4.0, 1.0], DEVICE)
     for rope in (None, tables):
-        found, twins = torch.zeros(2, 2, 2 * tokens, heads, dim, dtype=torch.float16, device=DEVICE)
+        found, twins = torch.zeros(2, 2, 2 * tokens, heads, dim, dtype=dtype, device=DEVICE)
         decode_layer(pool, pages, books, layout, 1, *found, rope=rope, backend=Backend.TRITON)
         for part, out, turn, offsets in (
             (layout.key, twins[0], rope, (layout.key_offset(1), layout.key_codebook_offset(1))),
@@ -133,6 +131,19 @@ def test_a_layer_decodes_to_what_its_tensors_do_by_themselves(fmt: str) -> None:
         ):
             decode_pages(pool, pages, books, part, *offsets, out, rope=turn, backend=Backend.TORCH)
         assert torch.equal(found, twins)
+
+
+@pytest.mark.parametrize("fmt", ["qvg4-int2", "best-2bit", "dense"])
+def test_a_layer_decodes_to_what_its_tensors_do_by_themselves(fmt: str) -> None:
+    """K and V in one launch, keys turned."""
+    check_layer_decodes(fmt, 2, 64, torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", ["qvg4-int2", "qvg-pro-int2", "qvg-int4", "near-lossless", "dense"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_a_layer_decodes_on_a_gpu_to_what_the_twin_reads(fmt: str, dim: int) -> None:
+    check_layer_decodes(fmt, 7, dim, torch.bfloat16)  # the last program has fewer heads
 
 
 def test_triton_refuses_head_dims_it_has_no_tile_for() -> None:
