@@ -198,14 +198,15 @@ def sum_tokens(group: RowGroup, stage: int, sums: torch.Tensor, counts: torch.Te
     """
     tokens, count = group.tokens, group.num_centroids
     rows, runs = sums.shape[:2]
-    if stage == 0 and tokens.head_dim in {64, 128} and tokens.base.dtype is torch.bfloat16 and on_hopper(sums.device):
+    usual = tokens.head_dim == 128 and count > 128 and tokens.base.dtype is torch.bfloat16  # what was measured
+    if stage == 0 and usual and on_hopper(sums.device):
         from qvg_paged.kernels import _sum_gluon  # noqa: PLC0415 - only for the GPUs it is for
 
         launch(
             _sum_gluon.sum_kernel, (runs, rows),
             sums, counts, tokens.base, tokens.starts, group.ids, group.rows.start, tokens.heads, tokens.frames,
             tokens.frame_tokens, tokens.span_tokens, count, tokens.token_stride, tokens.head_stride,
-            D=tokens.head_dim, K=max(128, padded(count)), T=SUM_TILE, RUN=SUM_TOKENS, LANES=padded(SUM_TOKENS),
+            D=tokens.head_dim, K=padded(count), T=SUM_TILE, RUN=SUM_TOKENS, LANES=padded(SUM_TOKENS),
             **HOPPER_SUM,
         )  # fmt: skip
         return

@@ -63,7 +63,7 @@ def sum_kernel(
     num_centroids, token_stride, head_stride, D: gl.constexpr, K: gl.constexpr, T: gl.constexpr, RUN: gl.constexpr,
     LANES: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """As `_sum_kernel` of the first stage; `K` is 128 or 256, warps are 8."""
+    """As `_sum_kernel` of the first stage; `K` is at least 128, warps are 8."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, D, 16])
     MEMBERS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [8, 1], [1, 0])

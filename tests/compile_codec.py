@@ -24,7 +24,7 @@ CODECS = {
     "qvg4": QVG4,
     "qvg4-fp8": replace(QVG4, centroid_type=CentroidType.FP8, scale_rule=ScaleRule.LEAST_SQUARES),
     "qvg-pro": replace(FORMATS["qvg-pro-int2"].key, stages=2),
-    "int4": FORMATS["qvg-int4"].key,
+    "int4": replace(FORMATS["qvg-int4"].key, num_centroids=200),
     "dense": DENSE_CODEC,
 }
 VARIANTS = [
