@@ -37,7 +37,7 @@ _specialised: dict[int, tuple[JITFunction[Any], list[int]]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Run ``kernel[grid](*args, **constants)`` on the current device and stream.
+    """Run ``kernel[grid](*args, **constants)`` on the current device and stream, without Triton's launch hooks.
 
     Args:
         kernel: what ``triton.jit`` made; in the interpreter it runs as ever.

@@ -29,16 +29,17 @@ class Step:
 class _Side:
     """A stream beside a caller's one, and the two events that order them; waiting for a later record is as good."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, main: torch.cuda.Stream) -> None:
+        self.main = main
         self.stream = torch.cuda.Stream(device, priority=-1)
         self.ready = torch.cuda.Event()
         self.attended = torch.cuda.Event()
 
 
 @lru_cache
-def _beside(device: torch.device, _main: int) -> _Side:
+def _beside(device: torch.device, main: torch.cuda.Stream) -> _Side:
     """The one beside a caller's stream; if it were shared, a graph would capture what other callers launch."""
-    return _Side(device)
+    return _Side(device, main)
 
 
 class Lookahead:
@@ -54,10 +55,11 @@ class Lookahead:
         self._captured = False
 
     def settle(self) -> None:
-        """Order the current stream behind what was decoded, and forget it."""
+        """Order the attending stream and the current one behind what was decoded, and forget it; from any thread."""
         if self._guess is not None:
             (_, side, _), self._guess = self._guess, None
             if not self._captured:
+                side.main.wait_event(side.ready)
                 torch.cuda.current_stream(side.stream.device).wait_event(side.ready)
 
     def goes_on(self, called: Hashable, expected: Hashable) -> bool:
@@ -112,7 +114,7 @@ def staged(
             yield i, 0
         return
     main = torch.cuda.current_stream(device)
-    side = _beside(device, main.cuda_stream)
+    side = _beside(device, main)
     claimed = lookahead._claim(steps[0], side) if lookahead is not None else None
     first = claimed or 0
     side.attended.record(main)

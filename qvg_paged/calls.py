@@ -28,7 +28,11 @@ class Calls:
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        self.lookahead.settle()
+        try:
+            self.lookahead.settle()
+        except BaseException:
+            self._lock.release()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -167,6 +167,15 @@ def test_settling_orders_the_current_stream_behind_what_was_decoded(cuda: FakeCu
     assert "b0" in halves.seen, "what was settled may have been written over"
 
 
+def test_settling_on_another_stream_orders_the_attending_one_as_well(cuda: FakeCuda) -> None:
+    """Whoever asks for figures in a thread of their own settles, too."""
+    main, halves, lookahead = cuda.current, Halves(), Lookahead()
+    halves.attend(main, ["a0"], lookahead, "b0")
+    cuda.current = FakeStream()
+    lookahead.settle()
+    assert "decode b0" in main.behind
+
+
 def test_a_call_on_another_stream_decodes_for_itself_behind_the_guess(cuda: FakeCuda) -> None:
     halves, lookahead = Halves(), Lookahead()
     halves.attend(cuda.current, ["a0"], lookahead, "b0")
