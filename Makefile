@@ -47,7 +47,7 @@ unit: $(READY)
 	$(BIN)/pytest -m 'not gpu' --benchmark-disable $(ARGS)
 
 # every branch of the scheduler and of the pool; state machines and simulations reach them too, but these tests alone must
-COVERING := async bad_input metrics plugins policies pool pressure scheduler tiers
+COVERING := async bad_input books line metrics plugins policies pool pressure scheduler tiers
 
 coverage: $(READY)
 	$(BIN)/pytest --benchmark-disable $(COVERING:%=tests/test_%.py) --cov=scheduler --cov=qvg_paged --cov-branch --cov-report= $(ARGS)

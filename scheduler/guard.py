@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from qvg_paged.errors import StateError
 from qvg_paged.scheduler.line import Turns
-from qvg_paged.scheduler.policy import FCFS, ID, KeyedPolicy, Policy
+from qvg_paged.scheduler.policy import FCFS, ID, FairShare, KeyedPolicy, Policy
 from qvg_paged.scheduler.view import StreamView, SystemView
 
 __all__ = ["Answer", "InPlace", "OutsideLock", "PolicyGuard", "Recorded", "Runner", "Worker"]
@@ -205,12 +205,12 @@ class PolicyGuard:
 
     @property
     def by_turns(self) -> bool:
-        """Whether it is, and has turns."""
-        return self._trusted is not None and self._trusted.by_turns
+        """Whether it is, and tenants have turns."""
+        return isinstance(self._trusted, FairShare)
 
     def turns(self, view: SystemView) -> Turns:
         """Turns of the tenants in line."""
-        assert self._trusted is not None
+        assert isinstance(self._trusted, FairShare)
         return self._trusted.turns(view)
 
     def rank(self, view: SystemView) -> Sequence[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from operator import attrgetter
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from qvg_paged.scheduler.checks import check_number
 from qvg_paged.scheduler.line import ByKey, Turns
@@ -43,36 +43,20 @@ class KeyedPolicy(Policy, Protocol):
     """A policy of this package: its order is that of a key which does not change while a stream waits.
 
     So a step looks at the head of the line only. `rank` answers the same, at the price of a look at everybody.
-
-    Attributes:
-        by_turns: whether tenants have turns; else the key is everything.
     """
-
-    by_turns: ClassVar[bool]
 
     def key(self, stream: Any) -> float:
         """Place of a stream (`StreamView`, or the scheduler's own entry) in its tenant's line, before arrival."""
-        ...
-
-    def turns(self, view: SystemView) -> Turns:
-        """Turns of the tenants in line."""
         ...
 
 
 class _ByKey:
     """What policies whose key is everything have in common."""
 
-    by_turns: ClassVar[bool] = False
-
     def key(self, stream: Any) -> float:
         """See `KeyedPolicy.key`: none, so that arrival is everything."""
         del stream
         return 0.0
-
-    def turns(self, view: SystemView) -> Turns:
-        """See `KeyedPolicy.turns`: nobody has one."""
-        del view
-        return {}
 
     def rank(self, view: SystemView) -> Sequence[str]:
         """By key, then arrival."""
@@ -134,7 +118,6 @@ class FairShare:
             that run together, in chunks of the dearest kind.
     """
 
-    by_turns: ClassVar[bool] = True
     quantum: float = 0.5
 
     def __post_init__(self) -> None:

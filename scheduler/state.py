@@ -286,12 +286,6 @@ class State:
             raise ArgumentError(f"stream_id: expected a submitted stream, got {shown(stream_id)}")
         return entry
 
-    def waiting(self) -> list[Entry]:
-        """Queued and parked streams in order of arrival."""
-        if not self.parked:
-            return list(self.queued.values())
-        return sorted((*self.queued.values(), *self.parked.values()), key=ARRIVAL)
-
     def enqueue(self, entry: Entry) -> None:
         """Accept a new stream, which joins the line with the next step."""
         self.queued[entry.id] = entry

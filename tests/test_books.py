@@ -1,5 +1,6 @@
 """To the byte and to the step: what is promised, charged, remembered and told, with numbers one can check by hand."""
 
+import json
 from collections.abc import Sequence
 from types import MappingProxyType
 
@@ -204,6 +205,7 @@ def test_the_snapshot_is_what_a_policy_would_see_if_it_had_to_park() -> None:
     assert moment.waiting == tuple(moment.waiting)
     assert moment.waiting != moment.running
     assert moment.waiting != 1
+    assert hash(moment.waiting) == hash(tuple(moment.waiting))
     desk.step()
     assert [s.committed for s in moment.running] == [1, 1], "what was seen then stays"
 
@@ -345,3 +347,44 @@ def test_outcomes_are_checked_to_the_frame() -> None:
     plan = desk.scheduler.step(2.0)
     desk.scheduler.update(plan, Outcome({"a": 1}))
     assert desk.scheduler.committed("a") == 1
+
+
+def told(desk: Desk) -> list[list[str]]:
+    """Of whom, and what, the log says that it is new."""
+    found: list[list[str]] = json.loads(desk.lines[-2])["waiting"]
+    return found
+
+
+def test_the_log_tells_of_those_in_line_only_what_is_new() -> None:
+    desk = Desk(Shelf(100), max_running=1)
+    for name in "abcd":
+        desk.submit(name, 2)
+    desk.step()
+    assert told(desk) == [["b", "no slot"], ["c", "behind"], ["d", "behind"]]
+    desk.step()
+    assert told(desk) == []
+    desk.submit("e", 2)
+    desk.step()
+    assert desk.running() == ["b"]
+    assert told(desk) == [["c", "no slot"], ["e", "behind"]]
+    desk.scheduler.cancel("c")
+    desk.step()
+    assert told(desk) == [["d", "no slot"]]
+    desk.submit("first", 2, tenant="u")
+    desk.scheduler.set_tenant("t", TenantSpec(ceiling_nbytes=2))
+    desk.step()
+    assert desk.running() == ["d"]
+    assert told(desk) == [["e", "no slot"], ["first", "behind"]]
+
+
+def test_streams_of_a_tenant_at_its_ceiling_are_told_so_and_those_of_others_are_not() -> None:
+    desk = Desk(Shelf(100), FairShare(), overtakes=9)
+    desk.scheduler.set_tenant("t", TenantSpec(ceiling_nbytes=4))
+    for name in "abcd":
+        desk.submit(name, 4)
+    desk.submit("other", 4, tenant="u")
+    desk.steps(3)
+    assert [desk.why(name) for name in "cd"] == [Reason.QUOTA] * 2
+    assert desk.scheduler.why("d").text == "a stream of its tenant that is before it in line waits for the quota"
+    assert desk.scheduler.why("c").text == "needs 2 bytes; its tenant 't' is promised 3 of 4 bytes"
+    assert desk.why("other") is Reason.ADVANCE
