@@ -22,7 +22,11 @@ __all__ = ["ladder", "measured", "quality", "rungs"]
 COSTS = (
     ("rungs_qvg_int4.json", "qvg-int4, dense tail", "qvg-int4, no dense tail from the turn on"),
     ("rungs_qvg_int4.json", "qvg-int4, dense tail", "qvg-int4, 2 bits from the turn on"),
-    ("rungs_retrieval.json", "best-2bit, 8 recent frames and 56 to retrieve from", "best-2bit, 24 left to retrieve from"),
+    (
+        "rungs_retrieval.json",
+        "best-2bit, 8 recent frames and 56 to retrieve from",
+        "best-2bit, 24 left to retrieve from",
+    ),
 )
 """Result file, and the rows before and after a rung: tails, spans, retrieval memory."""
 POOL = 120 << 30
@@ -82,7 +86,8 @@ def quality(folder: Path) -> list[Row]:
     for file, before, after in COSTS:
         if not (folder / file).exists():
             continue
-        found = {row["name"]: row["dense"]["mean"] for row in json.loads((folder / file).read_text())["results"]["rows"]}
+        content = json.loads((folder / file).read_text())["results"]["rows"]
+        found = {row["name"]: row["dense"]["mean"] for row in content}
         drop = found[after] - found[before]
         text = f"{after} ({found[after]:.2f} dB) after {before} ({found[before]:.2f} dB); {file} of {folder.name}"
         rows.append(Row(f"ladder, cost in pictures: {after}", "shown", f"{drop:+.2f} dB", True, text))
