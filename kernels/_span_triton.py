@@ -82,11 +82,12 @@ def _fit(
     codec = layout.codec
 
     def keep(means: torch.Tensor) -> None:
+        if scales is not None:
+            _centroids_triton.round_to_fp8(group, stage, means.contiguous(), stored[stage], scales[stage])
+            return
         found = round_centroids(means, codec.centroid_type)
         group.centroids[stage] = found.values
         group.norms.copy_(found.values.float().square().sum(-1))
-        if scales is not None and found.scales is not None:
-            stored[stage], scales[stage] = found.stored, found.scales
 
     exact = scales is None  # bfloat16 centroids are rounded by the kernels themselves
     means = group.centroids[stage] if exact else torch.empty(stored.shape[1:], device=stored.device)

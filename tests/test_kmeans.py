@@ -164,6 +164,32 @@ def test_fp8_centroids_are_in_range_and_rounding_twice_changes_nothing(size: flo
     assert torch.equal(again.values, found.values)
 
 
+def check_rounding(device: str) -> None:
+    from qvg_paged.kernels import _centroids_triton  # noqa: PLC0415
+
+    x = torch.randn(5, 37, 64) * torch.tensor([0.0, 1e-6, 1.0, 447.9, 3e4])[:, None, None]
+    x[:, 3, 5:9] = torch.tensor([0.0, -0.0, 1e-30, -3e-12])
+    group = row_group(torch.zeros(5, 40, 64, device=device), 37)
+    stored, scales = torch.empty_like(x, dtype=torch.float8_e4m3fn, device=device), torch.empty(5, device=device)
+    _centroids_triton.round_to_fp8(group, 0, x.to(device), stored, scales)
+    twin = round_centroids(x, CentroidType.FP8)
+    assert twin.scales is not None
+    assert torch.equal(scales.cpu(), twin.scales)
+    assert torch.equal(stored.cpu().view(torch.uint8), twin.stored.view(torch.uint8))
+    assert torch.equal(group.centroids[0].cpu(), twin.values)
+    torch.testing.assert_close(group.norms.cpu(), twin.values.float().square().sum(-1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
+def test_a_launch_rounds_centroids_to_fp8_as_the_twin_does() -> None:
+    check_rounding("cpu")
+
+
+@pytest.mark.gpu
+def test_a_launch_on_a_gpu_rounds_centroids_to_fp8_as_the_twin_does() -> None:
+    check_rounding("cuda")
+
+
 @pytest.mark.parametrize("frame_tokens", [64, 100, 131])
 def test_tensor_cores_add_up_the_tokens_of_every_centroid(frame_tokens: int) -> None:
     """The kernel for Hopper, interpreted: two runs of tiles, and frames that end inside one."""
