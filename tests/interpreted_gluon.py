@@ -116,6 +116,9 @@ def _typed(words: list[np.ndarray], shape: list[int], dtype: Any) -> Any:
 
 def _emulate(asm: str, words: list[np.ndarray]) -> list[list[np.ndarray]]:
     """Per output tensor, its registers per instance of the assembly."""
+    if "set.eq.bf16x2" in asm:
+        first, second = words
+        return [[np.where((first ^ second) >> 16 * i & 0xFFFF, 0, 0x3F80) for i in range(2)]]
     if "e4m3x2" in asm:
         floats = [torch.from_numpy(((words[0] >> 8 * i) & 0xFF).astype(np.uint8)).view(torch.float8_e4m3fn).float()
                   for i in range(4)]  # fmt: skip
@@ -158,6 +161,12 @@ def _emulate_shared(asm: str, at: np.ndarray, weights: np.ndarray | None = None)
     return at
 
 
+def _fused(a: Any, b: _Shared, acc: Any, *, use_acc: bool = True, **_: object) -> Any:
+    left = a.value() if isinstance(a, _Shared) else a
+    made = tl.dot(left.to(tl.float32), b.value().to(tl.float32))
+    return acc + made if use_acc else made
+
+
 class _AsyncCopy:
     """Copies that are there at once."""
 
@@ -195,7 +204,10 @@ def _interpreted(path: Path, names: dict[str, Any]) -> types.ModuleType:
     module = types.ModuleType("interpreted_" + path.stem)
     module.__dict__.update(names)
     module.__dict__.update(gl=_Language(), gluon=types.SimpleNamespace(jit=triton.jit), mma_v2=_product, tl=tl)
-    module.__dict__.update(async_copy=_AsyncCopy)
+    module.__dict__.update(
+        warpgroup_mma=_fused, warpgroup_mma_wait=lambda _, values: values[0], fence_async_shared=lambda: None,
+        async_copy=_AsyncCopy,
+    )
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
     exec(compile(text, str(path), "exec"), module.__dict__)
