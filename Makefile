@@ -51,7 +51,7 @@ COVERING := async bad_input books line metrics plugins policies pool pressure sc
 
 coverage: $(READY)
 	$(BIN)/pytest --benchmark-disable $(COVERING:%=tests/test_%.py) --cov=scheduler --cov=qvg_paged --cov-branch --cov-report= $(ARGS)
-	$(BIN)/python -m coverage report --include='scheduler/*,qvg_paged/pool.py,qvg_paged/slabs.py' --show-missing --skip-covered --fail-under=100
+	$(BIN)/python -m coverage report --include='scheduler/*,qvg_paged/pool.py,qvg_paged/slab*.py' --show-missing --skip-covered --fail-under=100
 
 gpu-test: $(READY)
 	$(BIN)/pytest -m gpu $(ARGS)

@@ -11,8 +11,6 @@ operations of the interpreter's own, not an object with a place in a table. What
 somebody needs slabs; it is overwritten when it is taken again, or when its slab is handed on.
 """
 
-import heapq
-from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -20,18 +18,19 @@ from typing import Any
 import torch
 
 from qvg_paged.config import FreeFill
-from qvg_paged.errors import IntegrityError, OutOfMemoryError, StaleHandleError
+from qvg_paged.errors import OutOfMemoryError, StaleHandleError
 from qvg_paged.events import fault_point
 from qvg_paged.fence import Fence
 from qvg_paged.kernels.layout import GRANULE
-from qvg_paged.slabs import PLACE, SizeClass, SlabGeometry, Slot, by_slab, byte_runs, place_runs
+from qvg_paged.slab_books import SizeClass, SlabBooks
+from qvg_paged.slabs import PLACE, SlabGeometry, Slot, by_slab, byte_runs, place_runs
 
 __all__ = ["SlabGeometry", "SlabPool", "Slot", "byte_runs"]
 
 NONE: frozenset[int] = frozenset()
 
 
-class SlabPool:
+class SlabPool(SlabBooks):
     """Allocator over one preallocated uint8 tensor; sizes are declared at creation.
 
     Attributes:
@@ -43,47 +42,20 @@ class SlabPool:
     def __init__(
         self, geometry: SlabGeometry, sizes: Iterable[int], device: torch.device, fill: FreeFill = FreeFill.ZERO
     ) -> None:
-        self.geometry = geometry
-        self.slab_nbytes = geometry.slab_nbytes
-        self.num_slabs = geometry.num_slabs
-        self._slab_units = self.slab_nbytes // GRANULE
+        super().__init__(geometry, sizes)
         self._device = torch.device(device)
         self.buffer = torch.empty(geometry.nbytes, dtype=torch.uint8, device=device)
         self._fill = 0xFF if fill is FreeFill.POISON else 0
         self.buffer.fill_(self._fill)
         self._filled = Fence.record(self._device)
         self._look()
-        self._free_slabs = list(range(self.num_slabs))
-        self._uncut: dict[int, tuple[SizeClass, list[int]]] = {}
-        self._classes = {size: SizeClass(size, self.slab_nbytes // size) for size in sorted(set(sizes))}
-        self._cut: dict[int, SizeClass] = {}
         self._live: dict[str, set[int]] = {}
         self._pending: list[tuple[Fence, SizeClass, Sequence[int]]] = []
-        self.used_nbytes = 0
-        self.peak_nbytes = 0
 
     def _look(self) -> None:
         """The buffer as others need it, again whenever its memory is another."""
         self._views: dict[torch.dtype, torch.Tensor] = {}
         self._bytes: Any = self.buffer.numpy() if self._device.type == "cpu" else self.buffer
-
-    def _missing_slabs(self, counts: Mapping[int, int]) -> int:
-        needed = 0
-        for size, count in counts.items():
-            kind = self._classes[size]
-            short = count - kind.free_slots - len(kind.returned)
-            if short > 0:
-                needed += -(-short // kind.slots)
-        return needed - len(self._free_slabs)
-
-    @property
-    def free_nbytes(self) -> int:
-        """Bytes in slabs that no size holds."""
-        return len(self._free_slabs) * self.slab_nbytes
-
-    def room(self, nbytes: int) -> int:
-        """Free slots in slabs that hold objects of `nbytes`."""
-        return self._classes[nbytes].free_slots
 
     def require(self, counts: Mapping[int, int]) -> None:
         """See to it that `counts` objects by size find room, taking back returned memory if that is what it takes.
@@ -125,6 +97,7 @@ class SlabPool:
             self.reclaim(wait=False)  # what is only on its way back makes no peak
         handles = self._recycled(kind, count)
         if len(handles) < count:
+            self._filled.order_after()
             handles = sorted(handles + self._lowest(kind, count - len(handles)))
         live = self._live.get(tenant)
         if live is None:
@@ -141,32 +114,6 @@ class SlabPool:
         places.sort()
         self._overwrite(place_runs(places, kind.units))
         return [handle + 1 for handle in places]
-
-    def _lowest(self, kind: SizeClass, count: int) -> list[int]:
-        """Handles from the lowest slabs of a size that have room, a slab at a time."""
-        self._filled.order_after()
-        handles: list[int] = []
-        while (missing := count - len(handles)) > 0:
-            if not kind.with_room:
-                self._cut_slab(kind)
-            room = kind.free[kind.with_room[0]]
-            taken = room[-missing:]
-            del room[-missing:]
-            if not room:
-                kind.with_room.pop(0)
-            taken.reverse()
-            handles += taken
-        kind.free_slots -= count
-        self.used_nbytes += count * kind.nbytes
-        self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)
-        return handles
-
-    def _cut_slab(self, kind: SizeClass) -> None:
-        slab = heapq.heappop(self._free_slabs)
-        kind.free[slab] = kind.cut(slab, self._slab_units, self._uncut.pop(slab, None))
-        kind.with_room.append(slab)
-        kind.free_slots += kind.slots
-        self._cut[slab] = kind
 
     def live(self) -> dict[int, Slot]:
         """Slots in use, by id."""
@@ -242,7 +189,7 @@ class SlabPool:
         kinds = [kind for kind in self._classes.values() if kind.returned]
         if not kinds:
             return
-        # Whoever reclaims may be on another stream than whoever filled last or writes next: `_lowest` waits for this.
+        # Whoever reclaims may be on another stream than whoever filled last or writes next: `take` waits for this.
         self._filled.order_after()
         for kind in kinds:
             handles, kind.returned = sorted(kind.returned), []
@@ -259,39 +206,20 @@ class SlabPool:
         for start, stop in runs:
             self._bytes[start * GRANULE : stop * GRANULE] = self._fill
 
-    def _put_back(self, slab: int, kind: SizeClass, handles: list[int]) -> None:
-        room = kind.free[slab]
-        if not room:
-            insort(kind.with_room, slab)
-        room += [handle + 1 for handle in reversed(handles)]
-        if len(room) > len(handles):
-            room.sort(reverse=True)  # neighbours together: one operation overwrites or checks them
-        kind.free_slots += len(handles)
-        self.used_nbytes -= len(handles) * kind.nbytes
-        if len(room) == kind.slots:
-            del self._cut[slab], kind.free[slab]
-            kind.with_room.remove(slab)
-            kind.free_slots -= kind.slots
-            self._uncut[slab] = (kind, room)
-            heapq.heappush(self._free_slabs, slab)
-
     def resize(self, num_slabs: int) -> None:
         """Cut the pool, whose slabs from there on are free, or make it longer. The buffer stays the same tensor.
 
         Nothing may be in flight: its memory is another afterwards.
         """
-        before, nbytes = self.num_slabs, num_slabs * self.slab_nbytes
+        nbytes = num_slabs * self.slab_nbytes
         other = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         kept = min(nbytes, self.buffer.numel())
         other[:kept] = self.buffer[:kept]
         other[kept:] = self._fill
         self.buffer.set_(other.untyped_storage(), 0, other.shape, other.stride())
         self._look()
-        self._free_slabs = [slab for slab in self._free_slabs if slab < num_slabs] + list(range(before, num_slabs))
-        heapq.heapify(self._free_slabs)
-        self._filled = Fence.record(self._device)
-        self.geometry = SlabGeometry(self.slab_nbytes, num_slabs)
-        self.num_slabs = num_slabs
+        self._filled = self.fence()
+        self._recut(num_slabs)
 
     def bytes_of(self, slot: Slot) -> torch.Tensor:
         """The slot's bytes, ``[nbytes]`` uint8, writable."""
@@ -305,38 +233,6 @@ class SlabPool:
             view = self._views[dtype] = self.buffer.view(dtype)
         return view
 
-    def slab_of(self, slot: Slot) -> int:
-        """Index of the slab that holds it."""
-        return slot.id // self._slab_units
-
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless every byte is accounted for exactly once."""
-        if len(set(self._free_slabs)) != len(self._free_slabs):
-            raise IntegrityError("pool: a slab is twice in the free list")
-        taken_of: dict[int, list[int]] = {}
-        groups: list[Iterable[int]] = [*self._live.values(), *(handles for _, _, handles in self._pending)]
-        for handle in chain(*groups, *(kind.returned for kind in self._classes.values())):
-            taken_of.setdefault((handle >> PLACE) // self._slab_units, []).append(handle >> PLACE)
-        owner = set(self._free_slabs)
-        used = 0
-        for kind in self._classes.values():
-            if kind.with_room != sorted(slab for slab, room in kind.free.items() if room):
-                raise IntegrityError(f"pool: slabs with room of size {kind.nbytes} are listed wrongly")
-            if kind.free_slots != sum(len(room) for room in kind.free.values()):
-                raise IntegrityError(f"pool: free slot count of size {kind.nbytes} is {kind.free_slots}")
-            for slab, room in kind.free.items():
-                if slab in owner or self._cut.get(slab) is not kind:
-                    raise IntegrityError(f"pool: slab {slab} has two owners")
-                owner.add(slab)
-                taken = taken_of.pop(slab, [])
-                places = sorted([*taken, *(handle >> PLACE for handle in room)])
-                first = slab * self._slab_units
-                if places != list(range(first, first + kind.slots * kind.units, kind.units)):
-                    raise IntegrityError(f"pool: slots of slab {slab} do not add up")
-                used += len(taken) * kind.nbytes
-        if taken_of:
-            raise IntegrityError(f"pool: objects lie in slabs {sorted(taken_of)}, which no size holds")
-        if sorted(owner) != list(range(self.num_slabs)):
-            raise IntegrityError(f"pool: {self.num_slabs - len(owner)} slabs are lost")
-        if self.used_nbytes != used:
-            raise IntegrityError(f"pool: used_nbytes is {self.used_nbytes}, objects hold otherwise")
+        self._check(chain(*self._live.values(), *(handles for _, _, handles in self._pending)))

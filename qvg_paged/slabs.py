@@ -12,7 +12,7 @@ from typing import NamedTuple
 from qvg_paged.errors import ConfigError
 from qvg_paged.kernels.layout import GRANULE, align
 
-__all__ = ["PLACE", "SizeClass", "SlabGeometry", "Slot", "by_slab", "byte_runs", "place_runs"]
+__all__ = ["GENERATION", "PLACE", "SlabGeometry", "Slot", "by_slab", "byte_runs", "place_runs"]
 
 PLACE = 61
 """Bits of a generation: ``handle >> PLACE`` is the id of a slot. Python hashes integers modulo ``2**61 - 1``, so that
@@ -113,39 +113,3 @@ def by_slab(handles: list[int], slab_units: int) -> Iterator[tuple[int, list[int
         end = bisect_left(handles, (slab + 1) * slab_units << PLACE, start)
         yield slab, handles[start:end]
         start = end
-
-
-class SizeClass:
-    """Slabs cut for one object size.
-
-    Attributes:
-        nbytes, units: size of an object in bytes and granules.
-        slots: objects per slab.
-        free: for each of its slabs the handles to be given out next, the last one first.
-        with_room: its slabs that have a free slot, ascending.
-        free_slots: free slots of all its slabs.
-        returned: handles that came back; still to be overwritten.
-    """
-
-    __slots__ = ("free", "free_slots", "nbytes", "returned", "slots", "units", "with_room")
-
-    def __init__(self, nbytes: int, slots: int) -> None:
-        self.nbytes = nbytes
-        self.units = nbytes // GRANULE
-        self.slots = slots
-        self.free: dict[int, list[int]] = {}
-        self.with_room: list[int] = []
-        self.free_slots = 0
-        self.returned: list[int] = []
-
-    def cut(self, slab: int, slab_units: int, before: "tuple[SizeClass, list[int]] | None") -> list[int]:
-        """Handles of a slab that is cut for this size, highest place first. `before`: how it was cut, and what is free
-        of it; these handles were never given out.
-        """
-        generation = 0
-        if before is not None:
-            if before[0] is self:
-                return before[1]
-            generation = 1 + max(handle & GENERATION for handle in before[1])
-        first, step = slab * slab_units << PLACE | generation, self.units << PLACE
-        return list(range(first + (self.slots - 1) * step, first - 1, -step))

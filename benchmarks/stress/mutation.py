@@ -47,6 +47,7 @@ MODULES = ("admission", "books", "core", "guard", "inputs", "line", "log", "poli
 TARGETS: dict[str, tuple[str, ...]] = {
     **{f"qvg_paged.scheduler.{name}": SCHEDULER for name in MODULES},
     "qvg_paged.pool": ("test_pool.py", "test_store.py", "test_store_machine.py"),
+    "qvg_paged.slab_books": ("test_pool.py", "test_store.py", "test_store_machine.py"),
     "qvg_paged.slabs": ("test_pool.py", "test_store.py", "test_store_machine.py"),
 }
 """Modules, and the tests that are to notice."""
