@@ -19,7 +19,8 @@ SHOWN = (
     "first_chunk_p50_seconds", "first_chunk_p99_seconds", "chunk_p50_seconds", "chunk_p99_seconds",
     "lateness_p99_seconds", "continuous_play_ratio", "stall_ratio", "goodput_streams_per_second",
     "goodput_chunks_per_second", "jain", "largest_gap_over_unit", "waste_ratio", "parks_per_chunk",
-    "pool_used_mean_ratio", "pool_used_peak_ratio", "lost_streams", "decision_p50_seconds", "decision_p99_seconds",
+    "moved_bytes_per_chunk", "pool_used_mean_ratio", "pool_used_peak_ratio", "lost_streams",
+    "decision_p50_seconds", "decision_p99_seconds",
 )  # fmt: skip
 Benchmark = Callable[[str], Any]
 Guard = Callable[[], AbstractContextManager[None]]

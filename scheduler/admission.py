@@ -290,10 +290,9 @@ def _settle(books: Books, told: Mapping[str, Decision], group: Group, barred: Ma
         entry = state.queued.get(stream_id) or state.parked.get(stream_id)
         if entry is not None and (entry.decision.reason, entry.decision.text) != barred.get(entry.tenant, group):
             news.append((entry.arrival, stream_id))
-    changed = state.lines if group != state.group else barred.keys() ^ state.barred.keys()
+    maybe = state.lines if group != state.group else barred.keys() ^ state.barred.keys()
     known = apart | state.apart
-    for name in changed:
-        if barred.get(name, group) != state.barred.get(name, state.group):
-            news += [spot[1:] for spot in state.lines.get(name, ()) if spot[2] not in known]
+    for name in [name for name in maybe if barred.get(name, group) != state.barred.get(name, state.group)]:
+        news += [spot[1:] for spot in state.lines.get(name, ()) if spot[2] not in known]
     books.news += [stream_id for _, stream_id in sorted(news)]
     state.apart, state.group, state.barred = apart, group, barred

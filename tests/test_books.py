@@ -7,6 +7,7 @@ from types import MappingProxyType
 import pytest
 from test_policies import running, stream, view
 from test_pressure import Desk, Gives, Ladder, Shelf, names
+from tiny import WINDOW
 
 from qvg_paged import ArgumentError, QualityFloor, Rung
 from qvg_paged.scheduler import (
@@ -15,13 +16,17 @@ from qvg_paged.scheduler import (
     FairShare,
     Outcome,
     Policy,
+    Priority,
     Reason,
+    Scheduler,
+    StreamRequest,
     StreamState,
     StreamView,
     SystemView,
     TenantSpec,
     TenantView,
 )
+from qvg_paged.scheduler.guard import InPlace
 
 
 def weighted(moment: SystemView, **weights: float) -> SystemView:
@@ -388,3 +393,40 @@ def test_streams_of_a_tenant_at_its_ceiling_are_told_so_and_those_of_others_are_
     assert desk.scheduler.why("d").text == "a stream of its tenant that is before it in line waits for the quota"
     assert desk.scheduler.why("c").text == "needs 2 bytes; its tenant 't' is promised 3 of 4 bytes"
     assert desk.why("other") is Reason.ADVANCE
+
+
+@pytest.mark.parametrize("policy", [FCFS(), Priority(), FairShare(), EarliestDeadline()])
+def test_a_policy_of_the_package_ranks_everybody_only_where_a_runner_asks_it_to(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(type(policy), "rank", lambda _, view: asked.append(1) or [s.id for s in view.waiting])
+    for runner, times in ((None, 0), (InPlace(), 1)):
+        scheduler = Scheduler(Shelf(9), policy, runner=runner)
+        scheduler.submit(StreamRequest("a", "t", 3, WINDOW))
+        assert names(scheduler.step(1.0).admitted) == ["a"]
+        assert len(asked) == times
+
+
+def test_a_tenants_new_rights_are_those_of_its_streams_and_of_nobody_elses() -> None:
+    desk = Desk(Shelf(100), Priority(), max_running=1)
+    desk.submit("runs", 2)
+    desk.step()
+    desk.submit("a", 3, tenant="t")
+    desk.submit("b", 3, tenant="u")
+    desk.step()
+    desk.scheduler.set_tenant("u", TenantSpec(priority=5, deadline_fps=4.0))
+    seen = {s.id: (s.priority, s.deadline_fps) for s in desk.scheduler.snapshot().waiting}
+    assert seen == {"a": (0, None), "b": (5, 4.0)}
+    assert names(desk.step().admitted) == ["b"], "whose turn it was not before"
+
+
+@pytest.mark.parametrize("squeezes", [True, False])
+def test_who_is_not_squeezed_for_a_newcomer_may_still_be_parked_for_it(squeezes: bool) -> None:
+    desk = Desk(Shelf(3), Gives("a"), squeeze_to_admit=squeezes)
+    desk.submit("a", 3)
+    desk.steps(2)
+    desk.submit("b", 2)
+    plan = desk.step()
+    assert names(plan.parked) == ["a"]
+    assert names(plan.admitted) == ["b"]

@@ -31,7 +31,8 @@ class Metrics:
         last_arrival: when the last stream came.
         lost_streams: streams that failed.
         parks: how often a stream was parked.
-        moved_seconds: time spent on transfers.
+        moved_seconds: time spent on transfers and on squeezing.
+        moved_nbytes: bytes that left the pool for the host or came back.
         seconds: length of the run.
         used_nbytes: pool bytes in use at each step; `pool_nbytes` is the pool.
         service: cost units by tenant, divided by weight.
@@ -54,6 +55,7 @@ class Metrics:
     lost_streams: int = 0
     parks: int = 0
     moved_seconds: float = 0.0
+    moved_nbytes: int = 0
     seconds: float = 0.0
     used_nbytes: list[int] = field(default_factory=list)
     pool_nbytes: int = 0
@@ -83,6 +85,7 @@ class Metrics:
             "largest_gap_over_unit": self.gap / self.gap_unit if self.gap_unit else 0.0,
             "waste_ratio": self.wasted_chunks / chunks,
             "transfer_ratio": self.moved_seconds / seconds,
+            "moved_bytes_per_chunk": self.moved_nbytes / chunks,
             "parks_per_chunk": self.parks / chunks,
             "pool_used_mean_ratio": mean(self.used_nbytes) / pool,
             "pool_used_peak_ratio": max(self.used_nbytes, default=0) / pool,
@@ -156,6 +159,7 @@ class _Meter:
     def _clock(self, record: dict[str, Any]) -> None:
         result = self.result
         result.moved_seconds += record["moved"]
+        result.moved_nbytes = record["moved_nbytes"]
         result.seconds = record["t"]
         done = 0
         for name, frames in self._pending.items():

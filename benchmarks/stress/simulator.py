@@ -70,6 +70,7 @@ class Simulator:
         self.leaving: list[tuple[float, str]] = []
         self.gone: deque[str] = deque(maxlen=8)
         self.serial = 0
+        self.moved_nbytes = 0
         self.faults = Injector(self)
         self.arrivals = self._make_arrivals(0.0, scenario.streams)
 
@@ -196,7 +197,7 @@ class Simulator:
         self.faults.misreport(plan)
         for stream_id, frames in committed.items():
             self.open[stream_id] += frames
-        self.note("clock", ("t", self.clock.now), ("moved", seconds))
+        self.note("clock", ("t", self.clock.now), ("moved", seconds), ("moved_nbytes", self.moved_nbytes))
 
     def _close(self, name: str) -> None:
         """A stream is over."""
@@ -222,18 +223,18 @@ class Simulator:
 
     def _move(self, plan: Plan) -> float:
         """Park, resume and open; the seconds that the transfers take."""
-        costs, seconds = self.scenario.costs, 0.0
+        costs, moved = self.scenario.costs, []
         for decision in plan.parked:
-            seconds += costs.move(self.cache.demand_nbytes(self._demand(decision.stream_id)))
+            moved.append(self.cache.demand_nbytes(self._demand(decision.stream_id)))
             del self.open[decision.stream_id]
             self.on_host.add(decision.stream_id)
         for decision in plan.resumed:
             self.on_host.remove(decision.stream_id)
         for decision in (*plan.resumed, *plan.admitted):
             self.open[decision.stream_id] = self.scheduler.committed(decision.stream_id)
-        for decision in plan.resumed:
-            seconds += costs.move(self.cache.demand_nbytes(self._demand(decision.stream_id)))
-        return seconds
+        moved += [self.cache.demand_nbytes(self._demand(decision.stream_id)) for decision in plan.resumed]
+        self.moved_nbytes += sum(moved)
+        return sum(map(costs.move, moved))
 
     def _wait(self) -> None:
         """Nothing runs: until the next arrival, but not for ever."""
