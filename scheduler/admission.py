@@ -53,7 +53,8 @@ def admit(books: Books, advice: Advice) -> tuple[list[Decision], list[Decision],
             break
         told[stream_id] = _wait(books, entry, *blocked)
         if blocked[0] is Reason.QUOTA:
-            barred[entry.tenant] = QUOTA
+            if ready.need_nbytes <= (state.tenants[entry.tenant].spec.ceiling_nbytes or 0):  # else nobody waits for it
+                barred[entry.tenant] = QUOTA
         elif blocked[0] is Reason.NO_HOST_MEMORY:
             gate = entry
         elif first is None:

@@ -430,3 +430,41 @@ def test_who_is_not_squeezed_for_a_newcomer_may_still_be_parked_for_it(squeezes:
     plan = desk.step()
     assert names(plan.parked) == ["a"]
     assert names(plan.admitted) == ["b"]
+
+
+def test_one_that_a_lowered_quota_keeps_out_for_good_does_not_keep_its_tenants_other_streams_out() -> None:
+    desk = Desk(Shelf(10, host=0), max_running=2)
+    desk.submit("runs", 3, tenant="u")
+    desk.submit("large", 8)
+    desk.submit("small", 2)
+    desk.submit("mate", 3)
+    desk.scheduler.set_tenant("t", TenantSpec(ceiling_nbytes=8))
+    assert names(desk.step().admitted) == ["runs"]
+    desk.scheduler.set_tenant("t", TenantSpec(ceiling_nbytes=4))
+    assert names(desk.step().admitted) == ["small"]
+    assert [desk.why(name) for name in ("large", "mate")] == [Reason.QUOTA, Reason.QUOTA]
+    desk.scheduler.set_tenant("t", TenantSpec(ceiling_nbytes=8))
+    desk.steps(2)
+    assert desk.why("large") is Reason.ADVANCE, "its turn comes with the quota"
+
+
+def test_bytes_saved_by_squeezing_are_no_longer_promised() -> None:
+    desk = Desk(Ladder(12))
+    for name in "ab":
+        desk.submit(name, 12)
+    desk.steps(5)
+    desk.submit("new", 2)
+    plan = desk.step()
+    assert names(plan.demoted) == ["b"], "6 and 6 bytes leave none for a third"
+    assert plan.admitted[0].text == "1 bytes for its next chunk fit: 10 of 12 bytes are promised to 3 streams"
+
+
+def test_the_log_says_as_long_as_newcomers_are_held_off() -> None:
+    desk = Desk(Shelf(7), hold_steps=2)
+    for name in "abc":
+        desk.submit(name, 6)
+    holds = []
+    for _ in range(6):
+        desk.step()
+        holds.append(json.loads(desk.lines[-2])["hold"])
+    assert holds == [False, False, True, True, True, True], "from the step on that parked somebody"

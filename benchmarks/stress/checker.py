@@ -134,6 +134,8 @@ class Checker:
             self._on_cancel({"id": name, "reason": "cancelled"})
 
     def _on_engine(self, record: dict[str, Any]) -> None:
+        if record["event"] == "reserve":
+            self.ledger.reserve = record["nbytes"]
         if record["event"] == "memory":
             self.ledger.expect("memory", record["fits"], "the engine ran out of memory")
             resident = sum([stream.state == "running" for stream in self.ledger.live.values()])

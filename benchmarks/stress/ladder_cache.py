@@ -27,12 +27,15 @@ class LadderCache(SimulatedCache):
     Args:
         geometry, pool_nbytes, host_nbytes, costs: as of a `SimulatedCache`.
         ladder: name in `LADDERS`.
+
+    Attributes:
+        reserve: what is kept free for demotion.
     """
 
     def __init__(self, geometry: Geometry, pool_nbytes: int, host_nbytes: int, costs: Costs, ladder: str) -> None:
         kept, cheapest = LADDERS[ladder]
         super().__init__(geometry, pool_nbytes, host_nbytes, costs, format=kept, demote_to=cheapest)
-        self._reserve = demotion_reserve(geometry.model, self.config)
+        self.reserve = demotion_reserve(geometry.model, self.config)
         self._worst = cache(self._worst_demand)
 
     def demand(self, window: Window, frames: int | None = None) -> Demand:
@@ -48,7 +51,7 @@ class LadderCache(SimulatedCache):
 
     def can_host(self, demands: Sequence[Demand], nbytes: int | None = None) -> bool:
         """Whether these demands fit together beside what is kept free for demotion."""
-        return super().can_host([*demands, self._reserve], nbytes)
+        return super().can_host([*demands, self.reserve], nbytes)
 
     def occupied(self, window: Window, committed: int, frames: int, now: Squeeze | None = None) -> Demand:
         """What the engine uses of the pool while a chunk is open."""

@@ -80,6 +80,7 @@ class Ledger:
         planned: first frame and number of frames of each stream of the latest plan; `held` its promises as tenant,
             stream, bytes and branches.
         limit: bytes that may be promised if less than the pool.
+        reserve: bytes that the cache promises to nobody.
         open: the first record.
     """
 
@@ -93,6 +94,7 @@ class Ledger:
     leader: str = ""
     leader_chunks: int = 0
     limit: int | None = None
+    reserve: int = 0
     open: dict[str, Any] = field(default_factory=dict)
     planned: dict[str, tuple[int, int]] = field(default_factory=dict)
     held: list[tuple[str, str, int, int]] = field(default_factory=list)

@@ -25,6 +25,7 @@ from qvg_paged import (
 from qvg_paged.events import inject_fault
 from qvg_paged.park import Tier
 from qvg_paged.scheduler import Plan
+from qvg_paged.timeline import Demand
 from stress.faults import RESUMING
 from stress.models import MODELS, Geometry
 from stress.real_cache import ManagerCache, make_cache, reduced
@@ -72,6 +73,9 @@ class ManagerRun(Simulator):
     def _make_cache(self) -> ManagerCache:  # type: ignore[override]
         self.geometry = self._geometry(MODELS[self.scenario.model])
         return make_cache(self.scenario, self.geometry, self._device, self._folder, real=self._real)
+
+    def _reserve(self) -> Demand:
+        return self.cache.manager.budget.reserve
 
     def _geometry(self, geometry: Geometry) -> Geometry:
         """What the streams' pages are made of."""

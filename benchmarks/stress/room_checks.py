@@ -61,7 +61,7 @@ def _check_reasons(ledger: Ledger, reasons: dict[str, list[str]], promised: int)
     config = ledger.open["config"]
     pool = ledger.open["pool_nbytes"] if ledger.limit is None else ledger.limit
     for name in reasons["no memory"]:
-        fits = promised + ledger.streams[name].worst <= 0.8 * pool * (1 - config["headroom"])
+        fits = promised + ledger.streams[name].worst <= 0.8 * (pool - ledger.reserve) * (1 - config["headroom"])
         ledger.expect("work conservation", not fits, f"{name!r} waits for memory, of which there is enough")
     for name in reasons["no slot"]:
         full = len(ledger.planned) >= (config["max_running"] or 0) > 0

@@ -62,6 +62,7 @@ class Simulator:
         self.scheduler = Scheduler(
             self.cache, self._make_policy(), scenario.config, seed=seed, log=self.log, runner=runner
         )
+        self.note("reserve", ("nbytes", self.cache.demand_nbytes(self._reserve())))
         self.set_tenants()
         self.requests: dict[str, StreamRequest] = {}
         self.open: dict[str, int] = {}
@@ -87,6 +88,10 @@ class Simulator:
         if not scenario.ladder:
             return SimulatedCache(self.geometry, pool, host, scenario.costs)
         return LadderCache(self.geometry, pool, host, scenario.costs, scenario.ladder)
+
+    def _reserve(self) -> Demand:
+        """What the cache keeps free for demotion."""
+        return self.cache.reserve if isinstance(self.cache, LadderCache) else Demand()
 
     def _make_policy(self) -> Policy:
         if self.scenario.policy in HOSTILE:
