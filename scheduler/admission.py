@@ -53,8 +53,7 @@ def admit(books: Books, advice: Advice) -> tuple[list[Decision], list[Decision],
             break
         told[stream_id] = _wait(books, entry, *blocked)
         if blocked[0] is Reason.QUOTA:
-            if ready.need_nbytes <= (state.tenants[entry.tenant].spec.ceiling_nbytes or 0):  # else nobody waits for it
-                barred[entry.tenant] = QUOTA
+            barred.update(_mates(books, ready))
         elif blocked[0] is Reason.NO_HOST_MEMORY:
             gate = entry
         elif first is None:
@@ -117,6 +116,12 @@ def _overtaken(state: State, first: Entry) -> Entry:
 
 def _is_scarcity(reason: Reason) -> bool:
     return reason in (Reason.NO_MEMORY, Reason.NO_SLOT)
+
+
+def _mates(books: Books, entry: Entry) -> dict[str, Group]:
+    """Whose streams wait with one that waits for its quota: nobody's if the quota has become too small for it."""
+    ceiling = books.state.tenants[entry.tenant].spec.ceiling_nbytes
+    return {entry.tenant: QUOTA} if ceiling is not None and entry.need_nbytes <= ceiling else {}
 
 
 def _obstacle(books: Books, entry: Entry) -> tuple[Reason, str] | None:

@@ -50,7 +50,7 @@ MUTANTS = (
     Mutant("admission", "out = {decision.stream_id for decision in books.parked}", "out = set()",
            "parked and resumed in one step"),
     Mutant("admission", "chunks_before=entry.chunks", "chunks_before=-9", "no minimum residency"),
-    Mutant("admission", "barred[entry.tenant] = QUOTA", "first = entry", "one tenant's quota blocks all tenants"),
+    Mutant("admission", "barred.update(_mates(books, ready))", "first = entry", "one tenant's quota blocks all tenants"),
     Mutant("pressure", "if not over and books.fits():", "if True:",
            "nobody is parked when streams grow"),
     Mutant("pressure", "ceiling is None else books.held(tenant) - ceiling", "True else 0",
