@@ -19,6 +19,9 @@ __all__ = ["SLOTS", "Plan", "make_plan", "running_nbytes"]
 
 SLOTS = 4
 """Partial results of FP8 attention that are kept at once, if they fit a quarter of the workspace."""
+ALONE_ROWS = 512
+"""From this many query rows a KV head on, a sequence goes through FP8 alone: shares of its keys fill the machine, and a
+batch would only make slices short and partial results large (8 sequences of 1,560 queries took 36 % longer)."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,11 @@ def make_plan(
     part, together = layouts[0].key, _together(q.device)
     page_nbytes = decoded_page_nbytes(part, q.dtype)
     longest = q[: max(end - begin for begin, end in pairwise(cu_queries))]
-    # Where the outputs of the whole batch find no room, its sequences go one after another.
-    for batched, rows in [(True, q)] * together + [(False, longest)] * (together or fp8):
-        room, half = _halved_room(rows, table, layouts, nbytes, fp8, keeps, table.batch if batched else 1)
+    formats = frozenset(f for f in table.groups if fp8 and fp8_attention.reads(layouts[f]))
+    alone = bool(formats) and len(longest) * q.shape[1] >= ALONE_ROWS * part.heads
+    # Where the outputs of the whole batch find no room, its sequences go one after another, too.
+    for batched, rows in [(True, q)] * (together and not alone) + [(False, longest)] * (together or fp8):
+        room, half = _halved_room(rows, table, layouts, nbytes, formats, keeps, table.batch if batched else 1)
         if room is not None:
             return Plan(cohorts(table, cu_queries, rope, room, batched), 2 * half, halves=True)
     if nbytes >= page_nbytes:
@@ -88,14 +93,16 @@ def _halved_room(
     table: BlockTable,
     layouts: Sequence[PageLayout],
     nbytes: int,
-    fp8: bool,
+    formats: frozenset[int],
     keeps: bool,
     sequences: int,
 ) -> tuple[Room | None, int]:
-    """Pages of a slice, and bytes of half the scratch, if decoding runs one ahead; None if a half holds no page."""
+    """Pages of a slice, and bytes of half the scratch, if decoding runs one ahead; None if a half holds no page.
+
+    `formats` go to FP8, as far as there is room for partial results.
+    """
     part = layouts[0].key
     slot = slot_nbytes(q.shape[0] * q.shape[1], q.shape[2], q.dtype)
-    formats = frozenset(f for f in table.groups if fp8 and fp8_attention.reads(layouts[f]))
     slots = min(SLOTS, nbytes // 4 // slot) if formats else 0
     formats = formats if slots else frozenset()
     half = max(0, nbytes - running_nbytes(q) - slots * slot) // 2 // GRANULE * GRANULE

@@ -231,6 +231,24 @@ def test_the_path_holds_together_with_its_kernels(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=2e-2)
 
 
+@pytest.mark.parametrize(("queries", "cohorts"), [(8, 1), (256, 3)])
+def test_sequences_with_many_queries_go_through_fp8_one_after_another(
+    monkeypatch: pytest.MonkeyPatch, queries: int, cohorts: int
+) -> None:
+    as_on_a_gpu(monkeypatch)
+    case = build_case([OURS], [[0] * 3, [0], [0] * 2], tokens=32, device=DEVICE)
+    cu = [0, queries, 2 * queries, 3 * queries]
+    q = torch.randn(3 * queries, 4, 64, device=DEVICE)  # two query heads a KV head
+    out, _ = paged_attention(
+        q, case.buffer, case.table, case.layouts, LAYER, cu_seqlens_q=cu, path=AttentionPath.STAGED_FP8
+    )
+    for b in range(3):
+        rows = slice(cu[b], cu[b + 1])
+        assert error(out[rows], exact_attention(q[rows], *case.history(b), 0.125)[0]) < 0.1
+    (plan,) = [made for key, made in case.table.cache.items() if key[0] == "plan"]
+    assert len(plan.cohorts) == cohorts
+
+
 @pytest.mark.parametrize("values", ["qvg-int2", "qvg-int4"])
 def test_pages_of_more_than_two_bits_are_not_read_in_fp8(monkeypatch: pytest.MonkeyPatch, values: str) -> None:
     as_on_a_gpu(monkeypatch)
