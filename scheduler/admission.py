@@ -131,12 +131,13 @@ def _obstacle(books: Books, entry: Entry) -> tuple[Reason, str] | None:
 
 def _rights(books: Books, entry: Entry) -> tuple[Reason, str] | None:
     state = books.state
-    ceiling = state.tenants[entry.tenant].spec.ceiling_nbytes
-    held = books.held(entry.tenant)
-    if ceiling is not None and held + entry.need_nbytes > ceiling:
-        return Reason.QUOTA, (
-            f"needs {entry.need_nbytes} bytes; its tenant {entry.tenant!r} is promised {held} of {ceiling} bytes"
-        )
+    if books.has_ceilings:
+        ceiling = state.tenants[entry.tenant].spec.ceiling_nbytes
+        held = books.held(entry.tenant)
+        if ceiling is not None and held + entry.need_nbytes > ceiling:
+            return Reason.QUOTA, (
+                f"needs {entry.need_nbytes} bytes; its tenant {entry.tenant!r} is promised {held} of {ceiling} bytes"
+            )
     held_off = state.hold and state.parked and entry.state is StreamState.QUEUED and state.running
     if held_off and not (books.has_floors and _is_claim(books, entry)):
         return Reason.HOLD_OFF, "streams are parked for want of memory; they come first"

@@ -16,7 +16,7 @@ from random import Random
 
 from qvg_paged.scheduler.admission import admit
 from qvg_paged.scheduler.books import Advice, Books
-from qvg_paged.scheduler.decision import Decision
+from qvg_paged.scheduler.decision import Decision, Reason
 from qvg_paged.scheduler.inputs import Input, apply
 from qvg_paged.scheduler.plan import Plan
 from qvg_paged.scheduler.pressure import squeeze
@@ -140,10 +140,11 @@ def _advance(rules: Rules, state: State) -> tuple[Decision, ...]:
     most, decisions, charges = rules.cache.frames_per_chunk, [], []
     for entry in state.by_arrival():
         request, decision = entry.request, entry.decision
-        frames = range(entry.committed, min(entry.committed + most, request.frames))
+        start, end = entry.committed, min(entry.committed + most, request.frames)
+        frames = range(start, end)
         if decision.frames != frames:
-            text = f"frames {frames.start}-{frames.stop - 1} of {request.frames}"
-            decision = Decision.advance(request.id, text, frames)
+            text = f"frames {start}-{end - 1} of {request.frames}"
+            decision = Decision(request.id, Reason.ADVANCE, text, frames)
             state.running[request.id] = entry.but(decision=decision)
         decisions.append(decision)
         charges.append((request.tenant, entry.need_nbytes, request.branches))

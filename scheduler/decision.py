@@ -78,9 +78,13 @@ class Decision:
     frames: range | None = None
     squeeze: Squeeze | None = None
 
-    @classmethod
-    def advance(cls, stream_id: str, text: str, frames: range) -> "Decision":
-        """That a stream generates its next chunk: without the price of a frozen dataclass's fields."""
-        made = object.__new__(cls)
-        made.__dict__.update(stream_id=stream_id, reason=Reason.ADVANCE, text=text, frames=frames, squeeze=None)
-        return made
+    def __init__(
+        self,
+        stream_id: str,
+        reason: Reason,
+        text: str,
+        frames: range | None = None,
+        squeeze: Squeeze | None = None,
+    ) -> None:
+        """As generated, without the price of a frozen dataclass's fields."""
+        self.__dict__.update(stream_id=stream_id, reason=reason, text=text, frames=frames, squeeze=squeeze)

@@ -133,9 +133,7 @@ class FairShare:
         step = view.dearest_chunk or 1.0
         running = _count(view.running)
         turns = {}
-        tenants = view.tenants
-        for name in tenants:
-            tenant = tenants[name]
+        for name, tenant in view.tenants.items():
             width = step / tenant.weight
             turns[name] = tenant.virtual_time + width * running.get(name, 0), width
         return turns

@@ -158,9 +158,11 @@ _PARTS: dict[str, Callable[[Any], Any]] = {
     "waiting": lambda view: _Views(view._state),
     "lines": lambda view: _Lines(view.waiting),
     "parkable": lambda view: frozenset(
-        entry.id
-        for entry in view._state.running.values()
-        if may_be_parked(view._rules, view._state, entry, forced=view.forced)
+        [
+            name
+            for name, entry in view._state.running.items()
+            if may_be_parked(view._rules, view._state, entry, forced=view.forced)
+        ]
     ),
     "tenants": lambda view: _Tenants(view._state.tenants, view._held) if view.lasting else view._state.tenants,
 }

@@ -300,7 +300,8 @@ class State:
 
     def join(self, rules: Rules, entry: Entry) -> Entry:
         """Put a stream in line; the entry with its key."""
-        entry = entry.but(key=rules.key(entry))
+        key = rules.key(entry)
+        entry = entry if key == entry.key else entry.but(key=key)
         insort(self._line(entry.tenant), (entry.key, entry.arrival, entry.id))
         return entry
 

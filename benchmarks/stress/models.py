@@ -149,10 +149,12 @@ class StaticCache:
 
     def can_host(self, demands: Sequence[Demand], nbytes: int | None = None) -> bool:
         """Whether these demands fit together in the pool, or in `nbytes` of it."""
-        dense = sum([demand.dense_pages for demand in demands])
-        quantised = sum([demand.quantised_pages for demand in demands])
-        codebooks = sum([demand.codebooks for demand in demands])
-        demoted = sum([demand.demoted_pages for demand in demands])
+        dense = quantised = codebooks = demoted = 0
+        for demand in demands:
+            dense += demand.dense_pages
+            quantised += demand.quantised_pages
+            codebooks += demand.codebooks
+            demoted += demand.demoted_pages
         slab, usable = (
             self.slabs.slab_nbytes,
             self.slabs.num_slabs if nbytes is None else nbytes // self.slabs.slab_nbytes,
