@@ -24,17 +24,22 @@ def squeeze(books: Books, advice: Advice) -> None:
         return
     order = _by_default(books, advice.park(books.view(forced=True), None))
     for tenant in over:
-        for entry in order:
+        ceiling = state.tenants[tenant].spec.ceiling_nbytes or 0
+        for entry in _hopeless_first(order, ceiling):
             if _excess(books, tenant) <= 0 or relieve_tenant(books, tenant, _excess(books, tenant)):
                 break
             if entry.tenant == tenant and entry.id in state.running:
-                ceiling = state.tenants[tenant].spec.ceiling_nbytes
                 books.park(entry, Reason.SQUEEZED, f"tenant {tenant!r} may hold {ceiling} bytes of the pool")
     order.sort(key=lambda entry: _within_floor(books, entry))
     order = [entry for entry in order if entry.id in state.running]
     while not books.fits() and not relieve_pool(books, order) and order:
         books.park(state.running[order.pop(0).id], Reason.SQUEEZED, _too_much(books))
         state.hold = books.rules.config.hold_steps
+
+
+def _hopeless_first(order: Iterable[Entry], ceiling: int) -> list[Entry]:
+    """Who does not fit below the ceiling even alone goes before those who do."""
+    return sorted(order, key=lambda entry: entry.need_nbytes <= ceiling)
 
 
 def _too_much(books: Books) -> str:

@@ -468,3 +468,15 @@ def test_the_log_says_as_long_as_newcomers_are_held_off() -> None:
         desk.step()
         holds.append(json.loads(desk.lines[-2])["hold"])
     assert holds == [False, False, True, True, True, True], "from the step on that parked somebody"
+
+
+def test_under_a_lowered_quota_those_go_first_who_no_longer_fit_below_it_and_the_others_go_on() -> None:
+    desk = Desk(Shelf(20))
+    desk.submit("large", 9)
+    desk.steps(4)
+    desk.submit("small", 9)
+    desk.steps(2)
+    desk.scheduler.set_tenant("t", TenantSpec(ceiling_nbytes=5))
+    plan = desk.step()
+    assert names(plan.parked) == ["large"], "it needs 7 bytes"
+    assert names(plan.running) == ["small"]
