@@ -28,7 +28,6 @@ ALL = 2
 
 class _Thread(local):
     record: list[Launch] | None = None
-    kept: list[Any] | None = None
 
 
 _thread = _Thread()
@@ -58,23 +57,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         made(0)
     if _thread.record is not None:
         _thread.record.append(made)
-    if _thread.kept is not None:
-        _thread.kept.append(args)
 
 
 @contextmanager
-def recorded(kept: list[Any] | None = None) -> Iterator[list[Launch]]:
-    """The launches of this thread inside the block, which run as well; repeating them repeats nothing else.
-
-    `kept` gets their arguments: as long as it is there, so is the memory that they point to.
-    """
-    before = _thread.record, _thread.kept
-    launches: list[Launch] = []
-    _thread.record, _thread.kept = launches, kept
+def recorded() -> Iterator[list[Launch]]:
+    """The launches of this thread inside the block, which run as well; repeating them repeats nothing else."""
+    before = _thread.record
+    _thread.record = launches = list[Launch]()
     try:
         yield launches
     finally:
-        _thread.record, _thread.kept = before
+        _thread.record = before
 
 
 def _bound(
@@ -130,7 +123,10 @@ def _numbers(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _classify(args: Iterable[Any], flags: Iterable[int], values: list[Any], kinds: list[Any]) -> None:
     for arg, special in zip(args, flags, strict=False):
-        if isinstance(arg, int):
+        if arg is True or arg is False:  # an integer to Python, not to Triton
+            values.append(arg)
+            kinds.append(bool)
+        elif isinstance(arg, int):
             values.append(arg)
             kind = 0 if special == 0 else 1 if arg == 1 else 2 if special == ALL and arg % 16 == 0 else 0
             kinds.append(kind if -BIG <= arg < BIG else (kind, arg < 1 << 63, "64 bits"))
