@@ -58,6 +58,7 @@ class Lookahead:
         """Order the attending stream and the current one behind what was decoded, and forget it; from any thread."""
         if self._guess is not None:
             (_, side, _), self._guess = self._guess, None
+            self._note_capture()
             if not self._captured:
                 side.main.wait_event(side.ready)
                 torch.cuda.current_stream(side.stream.device).wait_event(side.ready)
@@ -67,10 +68,13 @@ class Lookahead:
         last, self._last = self._last, called
         return last == expected and not self._captured
 
+    def _note_capture(self) -> None:
+        """A graph can wait for nothing that was launched before it."""
+        self._captured = self._captured or torch.cuda.is_current_stream_capturing()
+
     def _claim(self, first: Step, side: _Side) -> int | None:
         """Half that holds what `first` would decode."""
-        if torch.cuda.is_current_stream_capturing():
-            self._captured = True
+        self._note_capture()
         if self._guess is not None and not self._captured:
             step, on, half = self._guess
             if step.key == first.key and on is side:

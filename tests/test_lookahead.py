@@ -207,6 +207,19 @@ def test_only_calls_that_go_from_layer_to_layer_are_guessed_and_none_once_a_grap
     assert not lookahead.goes_on(("other", 2), ("other", 1))
 
 
+def test_settling_inside_a_graph_waits_for_nothing_that_was_launched_outside(cuda: FakeCuda) -> None:
+    main, halves, lookahead = cuda.current, Halves(), Lookahead()
+    halves.attend(main, ["a0"], lookahead, "b0")
+    cuda.capturing = True
+    lookahead.settle()
+    cuda.capturing = False
+    assert "decode b0" not in main.behind
+    assert not lookahead.goes_on(("chunk", 1), None)
+    halves.seen.clear()
+    halves.attend(main, ["b0"], lookahead, None)
+    assert "b0" in halves.seen
+
+
 @pytest.mark.usefixtures("cuda")
 def test_without_a_side_stream_everything_runs_in_one_half_on_the_callers() -> None:
     given = []
