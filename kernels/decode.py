@@ -49,7 +49,7 @@ def decode_pages(
     Raises:
         ArgumentError: an argument does not fit; nothing was written.
     """
-    _check(buffer, pages, codebooks, layout, (part_offset, codebook_part_offset), out)
+    _check(buffer, pages, codebooks, layout, (part_offset, codebook_part_offset), "out", out)
     if rope is not None:
         _check_rope(rope, layout, len(pages))
     if len(pages) == 0:
@@ -84,12 +84,14 @@ def decode_layer(
     Raises:
         ArgumentError: an argument does not fit; nothing was written.
     """
+    if not 0 <= layer < layout.num_layers:
+        raise ArgumentError(f"layer: expected 0 to {layout.num_layers - 1}, got {layer}")
     offsets = (
         layout.key_offset(layer), layout.key_codebook_offset(layer),
         layout.value_offset(layer), layout.value_codebook_offset(layer),
     )  # fmt: skip
-    _check(buffer, pages, codebooks, layout.key, offsets[:2], keys)
-    _check(buffer, pages, codebooks, layout.value, offsets[2:], values)
+    _check(buffer, pages, codebooks, layout.key, offsets[:2], "keys", keys)
+    _check(buffer, pages, codebooks, layout.value, offsets[2:], "values", values)
     if rope is not None:
         _check_rope(rope, layout.key, len(pages))
     if len(pages) == 0:
@@ -130,27 +132,31 @@ def _check(
     codebooks: torch.Tensor,
     layout: PartLayout,
     offsets: tuple[int, int],
+    name: str,
     out: torch.Tensor,
 ) -> None:
     if buffer.dtype is not torch.uint8 or buffer.ndim != 1 or not buffer.is_contiguous():
         raise ArgumentError(f"buffer: expected a contiguous 1-D uint8 tensor, got {buffer.dtype} {tuple(buffer.shape)}")
-    for name, units in (("pages", pages), ("codebooks", codebooks)):
+    for ids, units in (("pages", pages), ("codebooks", codebooks)):
         if units.dtype is not torch.int32 or units.ndim != 1 or units.device != buffer.device:
             raise ArgumentError(
-                f"{name}: expected 1-D int32 on {buffer.device}, "
+                f"{ids}: expected 1-D int32 on {buffer.device}, "
                 f"got {units.dtype} {tuple(units.shape)} on {units.device}"
             )
     if len(codebooks) != len(pages):
         raise ArgumentError(f"codebooks: expected one id per page ({len(pages)}), got {len(codebooks)}")
-    for name, offset in zip(("part_offset", "codebook_part_offset"), offsets, strict=True):
+    for part, offset in zip(("part_offset", "codebook_part_offset"), offsets, strict=True):
         if offset < 0 or offset % PLANE_ALIGNMENT:
-            raise ArgumentError(f"{name}: expected a non-negative multiple of {PLANE_ALIGNMENT}, got {offset}")
+            raise ArgumentError(f"{part}: expected a non-negative multiple of {PLANE_ALIGNMENT}, got {offset}")
     shape = (len(pages) * layout.tokens, layout.heads, layout.head_dim)
     if tuple(out.shape) != shape or out.device != buffer.device:
-        raise ArgumentError(f"out: expected shape {shape} on {buffer.device}, got {tuple(out.shape)} on {out.device}")
+        raise ArgumentError(
+            f"{name}: expected shape {shape} on {buffer.device}, got {tuple(out.shape)} on {out.device}"
+        )
     if out.dtype not in OUT_DTYPES or out.stride(-1) != 1:
         raise ArgumentError(
-            f"out: expected {OUT_DTYPES} with a contiguous last dimension, got {out.dtype} with strides {out.stride()}"
+            f"{name}: expected {OUT_DTYPES} with a contiguous last dimension, "
+            f"got {out.dtype} with strides {out.stride()}"
         )
 
 

@@ -7,11 +7,11 @@ import torch
 
 from qvg_paged.kernels.backend import Backend
 from qvg_paged.kernels.codec import EncodedSpan, decode_span, encode_span
-from qvg_paged.kernels.decode import decode_pages, read_centroids
+from qvg_paged.kernels.decode import decode_layer, decode_pages, read_centroids
 from qvg_paged.kernels.encode import encode_part
 from qvg_paged.kernels.errors import ArgumentError
 from qvg_paged.kernels.formats import DENSE_CODEC, QVG, QVG_PRO, BalanceRule, CentroidType, Codec, Grid, get_format
-from qvg_paged.kernels.layout import GRANULE, code_position
+from qvg_paged.kernels.layout import GRANULE, PageLayout, code_position
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec, rotate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -291,6 +291,30 @@ def test_bad_arguments_of_decoding_are_named(name: str, value: object, monkeypat
     }  # fmt: skip
     with pytest.raises(ArgumentError, match=rf"^{name}: expected .* got"):
         decode_pages(**(arguments | {name: value}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("layer", 2),
+        ("layer", -1),
+        ("pages", torch.zeros(1, dtype=torch.int64)),
+        ("keys", torch.zeros(20, 2, 32)),
+        ("values", torch.zeros(20, 2, 64, dtype=torch.float64)),
+        ("rope", RoPESpec(head_dim=64, grid=(4, 4)).tables([0])),
+    ],
+)
+def test_bad_arguments_of_decoding_a_layer_are_named(name: str, value: object) -> None:
+    layout = PageLayout.build(
+        get_format("qvg4-int2"), num_layers=2, tokens=20, heads=2, head_dim=64, dtype=torch.float32, span_tokens=20
+    )  # fmt: skip
+    ids, keys, values = torch.zeros(1, dtype=torch.int32), torch.zeros(20, 2, 64), torch.zeros(20, 2, 64)
+    arguments: dict[str, object] = {
+        "buffer": torch.zeros(layout.page_nbytes + layout.codebook_nbytes, dtype=torch.uint8), "pages": ids,
+        "codebooks": ids, "layout": layout, "layer": 1, "keys": keys, "values": values,
+    }  # fmt: skip
+    with pytest.raises(ArgumentError, match=rf"^{name}: expected .* got"):
+        decode_layer(**(arguments | {name: value}))  # type: ignore[arg-type]
 
 
 def test_a_head_shorter_than_a_block_is_one_block() -> None:
