@@ -39,7 +39,6 @@ ALIGNMENT = 4
 """Numbers of four bytes: every plane of an upload starts at a multiple of 16 bytes, as a tensor of its own would."""
 
 
-
 @lru_cache(maxsize=1024)
 def _packing(entries: tuple[int, ...], ends: int) -> tuple[Struct, list[int], list[int]]:
     """How an upload is packed that has three planes for each count of `entries`, positions last, and a plane of `ends`

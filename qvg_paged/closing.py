@@ -23,7 +23,6 @@ def closing_spans(chunk: Chunk) -> list[range]:
 
 def seal_layer(manager: "KVCacheManager", chunk: Chunk, layer: int) -> None:
     """See `Chunk.seal`. What fails leaves the layer as it was: not sealed, to be encoded with the commit."""
-    chunk.require_open()
     check_layer(layer, manager.model)
     if not chunk.written[layer]:
         raise StateError(f"seal: expected K and V in layer {layer}, which was never written")

@@ -152,11 +152,11 @@ class ModelSpec:
 
 
 class FreeFill(Enum):
-    """What memory is overwritten with when it is returned, before anyone else can get it."""
+    """What memory that was returned is overwritten with before anyone gets it again."""
 
     ZERO = "zero"
     POISON = "poison"
-    """Bytes 0xFF, which read as NaN: for tests."""
+    """Bytes 0xFF, which read as NaN, as soon as nothing that was launched reads the memory: for tests."""
 
 
 @dataclass(frozen=True, kw_only=True)
