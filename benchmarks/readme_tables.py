@@ -118,7 +118,7 @@ def _bounds(bounds: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for bound in bounds:
         sign = ">=" if bound["at_least"] else "<="
-        value = "not measured" if bound["value"] is None else f"{bound['value']:.2f}"
+        value = "not measured" if bound["value"] is None else f"{bound['value']:.{3 if bound['value'] < 10 else 1}f}"
         stretch = "" if bound["stretch"] is None else f"{bound['stretch']:g}"
         verdict = "held" if bound["held"] else "" if bound["value"] is None else "**missed**"
         rows.append([bound["bound"], f"{sign} {bound['required']:.2f} {bound['unit']}", value, stretch, verdict])
