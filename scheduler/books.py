@@ -89,7 +89,7 @@ class Books:
         return self._view
 
     def _look(self, *, forced: bool) -> Moment:
-        return Moment(
+        return Moment.of(
             self.rules, self.state, self.now, self.seed, self.by_tenant, forced=forced, lasting=self._lasting
         )
 

@@ -228,9 +228,10 @@ def _fail(state: State, entry: Entry, failed: Mapping[str, str]) -> None:
 def _check_outcome(plan: Plan, outcome: Outcome) -> None:
     check_kind("outcome", outcome, Outcome)
     planned = {decision.stream_id: len(decision.frames or ()) for decision in plan.running}
+    for name in ("committed", "failed"):
+        check_kind(f"outcome.{name}", getattr(outcome, name), Mapping)
     may_fail = {*planned, *(decision.stream_id for decision in plan.parked)} if outcome.failed else planned.keys()
     for name, ids, known in (("committed", outcome.committed, planned.keys()), ("failed", outcome.failed, may_fail)):
-        check_kind(f"outcome.{name}", ids, Mapping)
         if not ids.keys() <= known:
             unknown = sorted(map(shown, ids.keys() - known))
             raise ArgumentError(f"outcome.{name}: expected running streams of the plan, got [{', '.join(unknown)}]")

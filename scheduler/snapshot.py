@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from qvg_paged.scheduler.state import ARRIVAL, Entry, Rules, State
 from qvg_paged.scheduler.tenant import Tenant
@@ -109,21 +109,11 @@ class _Tenants(Mapping[str, TenantView]):
 
 
 class Moment(SystemView):
-    """What a policy sees; every part is made when somebody looks at it.
+    """What a policy sees; every part is made when somebody looks at it."""
 
-    Args:
-        rules, state, now, seed: of the step.
-        held: promised bytes by tenant.
-        forced: whether somebody must make room, so that also those are parkable who have just come in.
-        lasting: whether it stays as it is while the state changes. Policies of this package do without: they see the
-            tenants themselves, which have of a `TenantView` what those policies ask for.
-    """
-
-    if TYPE_CHECKING:
-        forced: bool
-
-    def __init__(
-        self,
+    @classmethod
+    def of(
+        cls,
         rules: Rules,
         state: State,
         now: float,
@@ -132,8 +122,18 @@ class Moment(SystemView):
         *,
         forced: bool,
         lasting: bool,
-    ) -> None:
-        self.__dict__.update(
+    ) -> "Moment":
+        """The view of a step.
+
+        Args:
+            rules, state, now, seed: of the step.
+            held: promised bytes by tenant.
+            forced: whether somebody must make room, so that also those are parkable who have just come in.
+            lasting: whether it stays as it is while the state changes. Policies of this package do without: they see
+                the tenants themselves, which have of a `TenantView` what those policies ask for.
+        """
+        view = object.__new__(cls)
+        view.__dict__.update(
             now=now,
             seed=seed,
             pool_nbytes=rules.cache.pool_nbytes if state.limit is None else state.limit,
@@ -146,7 +146,8 @@ class Moment(SystemView):
         )
         if lasting:
             for name in _PARTS:
-                getattr(self, name)
+                getattr(view, name)
+        return view
 
     def __getattr__(self, name: str) -> Any:
         made = self.__dict__[name] = _PARTS[name](self) if name in _PARTS else super().__getattribute__(name)

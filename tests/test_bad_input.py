@@ -32,7 +32,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 class Rude:
-    """Cannot be shown, compared or hashed."""
+    """Cannot be shown, compared, hashed or asked whether it is true."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -40,6 +40,9 @@ class Rude:
         raise RuntimeError("no")
 
     def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no")
+
+    def __bool__(self) -> bool:
         raise RuntimeError("no")
 
 
@@ -193,7 +196,7 @@ OUTCOMES: list[Any] = [
     None, {"a": 3}, Outcome(committed=["a"]), Outcome(failed=["a"]), Outcome(committed={"b": 3}),  # type: ignore[arg-type]
     Outcome(committed={"a": 4}), Outcome(committed={"a": -1}), Outcome(committed={"a": 10**5000}),
     Outcome(committed={"a": NAN}), Outcome(committed={7: 3, "z": 1, None: 2}), Outcome(failed={"a": ValueError()}),  # type: ignore[dict-item]
-    Outcome(failed={"b": "waits"}), Outcome(committed={"a": Rude()}),  # type: ignore[dict-item]
+    Outcome(failed={"b": "waits"}), Outcome(committed={"a": Rude()}), Outcome(failed=Rude()),  # type: ignore[dict-item, arg-type]
 ]  # fmt: skip
 
 

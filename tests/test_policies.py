@@ -5,6 +5,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf
 from types import MappingProxyType
 from typing import Any
@@ -130,6 +131,15 @@ def test_snapshots_cannot_be_written_to() -> None:
         moment.waiting[0].request.tenant = "other"  # type: ignore[misc]
     with pytest.raises(TypeError):
         moment.tenants["t"] = moment.tenants["t"]  # type: ignore[index]
+
+
+def test_a_policy_may_ask_what_would_be_at_another_time() -> None:
+    scheduler = Scheduler(make_cache())
+    scheduler.submit(StreamRequest("a", "t", 12, WINDOW))
+    moment = scheduler.snapshot()
+    later = replace(moment, now=moment.now + 5.0)
+    assert later.now == moment.now + 5.0
+    assert [stream.id for stream in later.waiting] == ["a"]
 
 
 class Scripted(FCFS):
