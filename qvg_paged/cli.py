@@ -72,7 +72,7 @@ def benchmarks_folder() -> Path:
         if (place / "world_streams.py").is_file():
             return place
     raise ConfigError(
-        "benchmarks: expected a checkout of the project, whose world model this command runs, found none next to the "
+        "benchmarks: expected a checkout of the project, whose code this command runs, found none next to the "
         f"package nor in {Path.cwd()}; run it from the root of a checkout"
     )
 
