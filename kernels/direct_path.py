@@ -1,7 +1,7 @@
 """The direct path around its kernel: how many splits, which sequences at once, where partial results go."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from qvg_paged.kernels.few_queries import (
     shares,
     tables_nbytes,
 )
+from qvg_paged.kernels.gluon import GluonKernel
 from qvg_paged.kernels.layout import GRANULE, PageLayout, align
 from qvg_paged.kernels.many_queries import (
     FEWEST_ROWS,
@@ -67,7 +68,7 @@ def direct_path(
             try:
                 _direct_sequences(*given, out[rows], lse[rows])
             except _NoGluon as error:
-                error.give_up(q.device, error.reason)
+                error.kernel.give_up(q.device, error.reason)
                 _direct_sequences(*given, out[rows], lse[rows])
     return out, lse
 
@@ -149,10 +150,10 @@ def _direct_sequences(
         some = slice(done, done + cut.work.slots)
         given = (partials[some], partial_lse[some], q, buffer, layouts[fmt], layer, table.groups[fmt].pages, cut.work)
         if cut.many:
-            with _compiling(many_queries.give_up):
+            with _compiling(many_queries.KERNEL):
                 many_queries_attention(*given, softmax_scale=scale, rows=cut.rows)
         else:
-            with _compiling(few_queries.give_up):
+            with _compiling(few_queries.KERNEL):
                 few_queries_attention(
                     *given, scratch[tables_at : tables_at + cut.nbytes], softmax_scale=scale, rows=cut.rows
                 )
@@ -171,13 +172,13 @@ def _direct_sequences(
 class _NoGluon(Exception):  # noqa: N818 - never seen outside
     """A kernel written in Gluon did not compile."""
 
-    def __init__(self, reason: Exception, give_up: Callable[[torch.device, Exception], None]) -> None:
+    def __init__(self, reason: Exception, kernel: GluonKernel) -> None:
         super().__init__()
-        self.reason, self.give_up = reason, give_up
+        self.reason, self.kernel = reason, kernel
 
 
 @contextmanager
-def _compiling(give_up: Callable[[torch.device, Exception], None]) -> Iterator[None]:
+def _compiling(kernel: GluonKernel) -> Iterator[None]:
     """Tell what a compiler raises from what a device does."""
     from triton.errors import TritonError  # noqa: PLC0415 - triton is only loaded where it is used
 
@@ -186,7 +187,7 @@ def _compiling(give_up: Callable[[torch.device, Exception], None]) -> Iterator[N
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except (TritonError, RuntimeError, AttributeError, TypeError) as error:
-        raise _NoGluon(error, give_up) from error
+        raise _NoGluon(error, kernel) from error
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,9 @@ for one block of query rows, and every share of a launch is about as long as the
 """
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
 from itertools import groupby, pairwise
 
 import torch
@@ -18,6 +15,7 @@ import torch
 from qvg_paged.kernels.attention_plan import remembered
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.formats import CentroidType
+from qvg_paged.kernels.gluon import GluonKernel
 from qvg_paged.kernels.layout import TILE_TOKENS, PageLayout, PartLayout
 
 __all__ = ["FEW_ROWS", "Shares", "few_queries_attention", "page_groups", "reads_few_queries", "shares", "tables_nbytes"]
@@ -53,39 +51,12 @@ def reads_few_queries(layout: PageLayout, dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and same and fits(layout.key) and fits(layout.value)
 
 
-_given_up: set[torch.device] = set()
+KERNEL = GluonKernel("_few_queries_gluon", "few queries are attended by the slower kernel")
 
 
 def has_gluon(device: torch.device) -> bool:
-    """Whether `device` has the kernel's instructions, and the installed Triton what it is written in.
-
-    Gluon is experimental and changes from release to release of Triton; the other kernel reads what this one cannot.
-    """
-    if device in _given_up or device.type != "cuda" or torch.version.cuda is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 9) and _imports(device)
-
-
-@cache
-def _imports(device: torch.device) -> bool:
-    try:
-        from qvg_paged.kernels import _few_queries_gluon  # noqa: F401, PLC0415
-    except Exception as error:  # whatever another release of Triton raises
-        give_up(device, error)
-        return False
-    return True
-
-
-def give_up(device: torch.device, error: Exception) -> None:
-    """Leave few queries on `device` to the other kernel from now on, and say why."""
-    _given_up.add(device)
-    reason = str(error).strip().splitlines()[:1]
-    warnings.warn(
-        f"few queries are attended by the slower kernel on {device}: Triton {version('triton')} does not compile the "
-        f"Gluon one ({type(error).__name__}{': ' * bool(reason)}{''.join(reason)})",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    """Whether `device` has the kernel's instructions, and the installed Triton what it is written in."""
+    return KERNEL.runs_on(device, (8, 9))
 
 
 def block_rows(rows: int) -> int:

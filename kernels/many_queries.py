@@ -4,16 +4,14 @@ Shares are those of `qvg_paged.kernels.few_queries`, cut in tiles of 64 tokens f
 """
 
 import math
-import warnings
 from collections import Counter
-from functools import cache
-from importlib.metadata import version
 
 import torch
 
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.few_queries import LOG2_E, Shares, shares
 from qvg_paged.kernels.formats import CentroidType
+from qvg_paged.kernels.gluon import GluonKernel
 from qvg_paged.kernels.layout import PageLayout, PartLayout
 
 __all__ = ["FEWEST_ROWS", "block_rows", "has_wgmma", "many_queries_attention", "many_shares", "reads_many_queries"]
@@ -52,39 +50,12 @@ def reads_many_queries(layout: PageLayout, dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and fits(layout.key) and fits(layout.value)
 
 
-_given_up: set[torch.device] = set()
+KERNEL = GluonKernel("_many_queries_gluon", "many queries are attended by a slower kernel")
 
 
 def has_wgmma(device: torch.device) -> bool:
-    """Whether `device` has the kernel's instructions, and the installed Triton what it is written in.
-
-    Gluon is experimental and changes from release to release of Triton; other kernels read what this one cannot.
-    """
-    if device in _given_up or device.type != "cuda" or torch.version.cuda is None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9 and _imports(device)
-
-
-@cache
-def _imports(device: torch.device) -> bool:
-    try:
-        from qvg_paged.kernels import _many_queries_gluon  # noqa: F401, PLC0415
-    except Exception as error:  # whatever another release of Triton raises
-        give_up(device, error)
-        return False
-    return True
-
-
-def give_up(device: torch.device, error: Exception) -> None:
-    """Leave many queries on `device` to other kernels from now on, and say why."""
-    _given_up.add(device)
-    reason = str(error).strip().splitlines()[:1]
-    warnings.warn(
-        f"many queries are attended by a slower kernel on {device}: Triton {version('triton')} does not compile the "
-        f"Gluon one ({type(error).__name__}{': ' * bool(reason)}{''.join(reason)})",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    """Whether `device` has the kernel's instructions, and the installed Triton what it is written in."""
+    return KERNEL.runs_on(device, (9, 0), below=(10, 0))
 
 
 def block_rows(rows: int) -> int:

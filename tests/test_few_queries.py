@@ -182,8 +182,8 @@ def test_a_kernel_that_does_not_compile_is_given_up_once_and_said_so(
         tries.append(1)
         raise error
 
-    monkeypatch.setattr(few_queries, "_given_up", set())
-    monkeypatch.setattr(direct_path, "has_gluon", lambda device: device not in few_queries._given_up)
+    monkeypatch.setattr(few_queries.KERNEL, "given_up", set())
+    monkeypatch.setattr(direct_path, "has_gluon", lambda device: device not in few_queries.KERNEL.given_up)
     monkeypatch.setattr(direct_path, "reads_few_queries", lambda *_: True)
     monkeypatch.setattr(direct_path, "few_queries_attention", fail)
     case = build_case([FORMATS["qvg4-int2"]], [[0, 0]], tokens=12)
@@ -205,7 +205,7 @@ def test_a_device_that_ran_out_of_memory_is_no_reason_to_give_up(monkeypatch: py
     monkeypatch.setattr(direct_path, "few_queries_attention", fail)
     with pytest.raises(torch.OutOfMemoryError):
         direct(torch.randn(2, 2, 64), build_case([FORMATS["qvg4-int2"]], [[0, 0]], tokens=12), [0, 2])
-    assert torch.device("cpu") not in few_queries._given_up
+    assert torch.device("cpu") not in few_queries.KERNEL.given_up
 
 
 def direct(q: torch.Tensor, case: Case, cu: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

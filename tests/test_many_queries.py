@@ -95,8 +95,8 @@ def test_a_kernel_that_does_not_compile_is_given_up_once_and_said_so(monkeypatch
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("PassManager::run failed")
 
-    monkeypatch.setattr(many_queries, "_given_up", set())
-    monkeypatch.setattr(direct_path, "has_wgmma", lambda device: device not in many_queries._given_up)
+    monkeypatch.setattr(many_queries.KERNEL, "given_up", set())
+    monkeypatch.setattr(direct_path, "has_wgmma", lambda device: device not in many_queries.KERNEL.given_up)
     monkeypatch.setattr(direct_path, "reads_many_queries", lambda *_: True)
     monkeypatch.setattr(direct_path, "many_queries_attention", fail)
     case = build_case([FORMATS["qvg4-int2"]], [[0, 0]], tokens=12)
@@ -153,3 +153,4 @@ def test_histories_of_fifty_lengths_compile_one_kernel_for_many_rows() -> None:
         direct(q, replace(case, table=table), [0, 40])
         counts.add(compiled())
     assert len(counts) == 1
+    assert 0 not in counts
