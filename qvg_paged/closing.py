@@ -11,10 +11,10 @@ from qvg_paged.errors import StateError
 if TYPE_CHECKING:
     from qvg_paged.manager import KVCacheManager
 
-__all__ = ["closing_spans", "encode_closing", "seal_layer"]
+__all__ = ["encode_closing", "seal_layer"]
 
 
-def closing_spans(chunk: Chunk) -> list[range]:
+def _closing_spans(chunk: Chunk) -> list[range]:
     """Frames of every span that the chunk fills."""
     timeline, committed = chunk.stream.timeline, chunk.stream.committed
     first = timeline.closed_spans(committed)
@@ -35,7 +35,7 @@ def seal_layer(manager: "KVCacheManager", chunk: Chunk, layer: int) -> None:
 def encode_closing(manager: "KVCacheManager", chunk: Chunk) -> list[range]:
     """Launch what is left to encode of the spans that the chunk closes; their frames."""
     _encode(manager, chunk, [layer for layer in range(manager.model.num_layers) if layer not in chunk.sealed])
-    return closing_spans(chunk)
+    return _closing_spans(chunk)
 
 
 def _encode(manager: "KVCacheManager", chunk: Chunk, layers: list[int]) -> None:
@@ -47,6 +47,6 @@ def _encode(manager: "KVCacheManager", chunk: Chunk, layers: list[int]) -> None:
             dense = {**chunk.stream.pages, **dict(zip(chunk.frames, scratch, strict=True))}
             chunk.encodings = [
                 manager.encoder.begin([dense[frame] for frame in span], pages)
-                for span, pages in zip(closing_spans(chunk), quantised, strict=True)
+                for span, pages in zip(_closing_spans(chunk), quantised, strict=True)
             ]
         manager.encoder.encode_layers(chunk.encodings, layers)

@@ -226,10 +226,11 @@ class KVCacheManager:
         self.send(events)
 
     def finish(self, chunk: Chunk, state: ChunkState) -> None:
-        """Detach a chunk from its stream and drop batches it was part of."""
+        """Detach a chunk from its stream; drop batches it was part of, and device memory that served it alone."""
         chunk.state = state
         chunk.stream.chunk = None
         chunk.table.cache.clear()
+        chunk.encodings = None
         self._batches.drop(chunk)
 
     def release(self, tenant: str, pages: list[Page]) -> list[CacheEvent]:

@@ -42,6 +42,7 @@ def test_what_is_committed_does_not_depend_on_when_layers_were_encoded(sealed: l
         assert encoded == early
         chunk.commit()
     assert encoded == early + [layer for layer in range(2) if layer not in sealed]
+    assert chunk.encodings is None, "whoever keeps the chunk keeps no tables on the device"
     packed = span_bytes(cache, range(SPAN))
     assert page_bytes(stream) == {**dict(enumerate(packed)), 4: dense_bytes(cache.model, 4)}
     cache.check_integrity()
