@@ -13,6 +13,7 @@ import triton.language as tl
 
 from qvg_paged.kernels._span_plan import SUM_TILE, SUM_TOKENS, cdiv, padded
 from qvg_paged.kernels._tokens_triton import COUNTS, RowGroup, load_tile, read_tokens, tile_tokens
+from qvg_paged.kernels.gluon import GluonKernel, NotCompiled
 from qvg_paged.kernels.launch import launch
 
 __all__ = ["assign", "on_hopper", "sum_tokens"]
@@ -148,6 +149,7 @@ def _dot_dtype(group: RowGroup) -> tl.dtype:
 
 
 ASSIGN = {"T": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
+HOPPER_KERNEL = GluonKernel("_sum_gluon", "sums of clusters are taken by a slower kernel")
 HOPPER_SUM = {"AHEAD": 3, "num_warps": 8}
 """Tiles asked for before they are added up."""
 SUM = {"T": SUM_TILE, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
@@ -200,16 +202,12 @@ def sum_tokens(group: RowGroup, stage: int, sums: torch.Tensor, counts: torch.Te
     rows, runs = sums.shape[:2]
     usual = tokens.head_dim == 128 and count > 128 and tokens.base.dtype is torch.bfloat16  # what was measured
     if stage == 0 and usual and on_hopper(sums.device):
-        from qvg_paged.kernels import _sum_gluon  # noqa: PLC0415 - only for the GPUs it is for
-
-        launch(
-            _sum_gluon.sum_kernel, (runs, rows),
-            sums, counts, tokens.base, tokens.starts, group.ids, group.rows.start, tokens.heads, tokens.frames,
-            tokens.frame_tokens, tokens.span_tokens, count, tokens.token_stride, tokens.head_stride,
-            D=tokens.head_dim, K=padded(count), T=SUM_TILE, RUN=SUM_TOKENS, LANES=padded(SUM_TOKENS),
-            **HOPPER_SUM,
-        )  # fmt: skip
-        return
+        try:
+            _sum_on_hopper(group, sums, counts)
+        except NotCompiled as error:
+            error.give_up(sums.device)
+        else:
+            return
     shape = _sum_shape(group)
     launch(
         _sum_kernel, (runs, rows, cdiv(count, shape["BLOCK_K"])),
@@ -218,19 +216,23 @@ def sum_tokens(group: RowGroup, stage: int, sums: torch.Tensor, counts: torch.Te
     )  # fmt: skip
 
 
-@cache
-def on_hopper(device: torch.device) -> bool:
-    """Whether `device` has the instructions of sm_90, and the installed Triton the Gluon that they are written in.
+def _sum_on_hopper(group: RowGroup, sums: torch.Tensor, counts: torch.Tensor) -> None:
+    tokens = group.tokens
+    with HOPPER_KERNEL.compiling():
+        from qvg_paged.kernels import _sum_gluon  # noqa: PLC0415 - only for the GPUs it is for
 
-    Gluon is experimental and changes from release to release of Triton.
-    """
-    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    try:
-        from qvg_paged.kernels import _sum_gluon  # noqa: F401, PLC0415
-    except Exception:  # whatever another release of Triton raises
-        return False
-    return True
+        launch(
+            _sum_gluon.sum_kernel, (sums.shape[1], sums.shape[0]),
+            sums, counts, tokens.base, tokens.starts, group.ids, group.rows.start, tokens.heads, tokens.frames,
+            tokens.frame_tokens, tokens.span_tokens, group.num_centroids, tokens.token_stride, tokens.head_stride,
+            D=tokens.head_dim, K=padded(group.num_centroids), T=SUM_TILE, RUN=SUM_TOKENS, LANES=padded(SUM_TOKENS),
+            **HOPPER_SUM,
+        )  # fmt: skip
+
+
+def on_hopper(device: torch.device) -> bool:
+    """Whether `device` has the instructions of sm_90, and the installed Triton the Gluon that they are written in."""
+    return HOPPER_KERNEL.runs_on(device, (9, 0), below=(10, 0))
 
 
 @cache

@@ -1,8 +1,7 @@
 """The direct path around its kernel: how many splits, which sequences at once, where partial results go."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,7 @@ from qvg_paged.kernels.few_queries import (
     shares,
     tables_nbytes,
 )
-from qvg_paged.kernels.gluon import GluonKernel
+from qvg_paged.kernels.gluon import NotCompiled
 from qvg_paged.kernels.layout import GRANULE, PageLayout, align
 from qvg_paged.kernels.many_queries import (
     FEWEST_ROWS,
@@ -67,8 +66,8 @@ def direct_path(
             given = (q, buffer, table, layouts, layer, cu_seqlens_q, sequences, softmax_scale, rope, workspace)
             try:
                 _direct_sequences(*given, out[rows], lse[rows])
-            except _NoGluon as error:
-                error.kernel.give_up(q.device, error.reason)
+            except NotCompiled as error:
+                error.give_up(q.device)
                 _direct_sequences(*given, out[rows], lse[rows])
     return out, lse
 
@@ -150,10 +149,10 @@ def _direct_sequences(
         some = slice(done, done + cut.work.slots)
         given = (partials[some], partial_lse[some], q, buffer, layouts[fmt], layer, table.groups[fmt].pages, cut.work)
         if cut.many:
-            with _compiling(many_queries.KERNEL):
+            with many_queries.KERNEL.compiling():
                 many_queries_attention(*given, softmax_scale=scale, rows=cut.rows)
         else:
-            with _compiling(few_queries.KERNEL):
+            with few_queries.KERNEL.compiling():
                 few_queries_attention(
                     *given, scratch[tables_at : tables_at + cut.nbytes], softmax_scale=scale, rows=cut.rows
                 )
@@ -167,27 +166,6 @@ def _direct_sequences(
         )  # fmt: skip
         done += count
     merge_partials(partials, partial_lse, out, lse)
-
-
-class _NoGluon(Exception):  # noqa: N818 - never seen outside
-    """A kernel written in Gluon did not compile."""
-
-    def __init__(self, reason: Exception, kernel: GluonKernel) -> None:
-        super().__init__()
-        self.reason, self.kernel = reason, kernel
-
-
-@contextmanager
-def _compiling(kernel: GluonKernel) -> Iterator[None]:
-    """Tell what a compiler raises from what a device does."""
-    from triton.errors import TritonError  # noqa: PLC0415 - triton is only loaded where it is used
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    except (TritonError, RuntimeError, AttributeError, TypeError) as error:
-        raise _NoGluon(error, kernel) from error
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,26 @@ Gluon is experimental and changes from release to release of Triton.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 
 import torch
 
-__all__ = ["GluonKernel"]
+__all__ = ["GluonKernel", "NotCompiled"]
+
+
+class NotCompiled(Exception):  # noqa: N818 - whoever launches a kernel catches it
+    """A kernel did not compile."""
+
+    def __init__(self, kernel: "GluonKernel", reason: Exception) -> None:
+        super().__init__()
+        self._kernel, self._reason = kernel, reason
+
+    def give_up(self, device: torch.device) -> None:
+        """Leave `device` to other kernels from now on, and say why."""
+        self._kernel.give_up(device, self._reason)
 
 
 class GluonKernel:
@@ -45,6 +59,18 @@ class GluonKernel:
             return False
         self._imported.add(device)
         return True
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Launches of the kernel: what a compiler raises, told from what a device does, becomes `NotCompiled`."""
+        from triton.errors import TritonError  # noqa: PLC0415 - triton is only loaded where it is used
+
+        try:
+            yield
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except (TritonError, RuntimeError, AttributeError, TypeError) as error:
+            raise NotCompiled(self, error) from error
 
     def give_up(self, device: torch.device, error: Exception) -> None:
         """Leave `device` to other kernels from now on, and say why."""

@@ -5,7 +5,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from test_kmeans import row_group
 
+from qvg_paged import kernels
 from qvg_paged.kernels import few_queries, many_queries
 from qvg_paged.kernels.gluon import GluonKernel
 
@@ -51,3 +53,30 @@ def test_a_release_of_triton_that_does_not_know_what_it_imports_is_asked_once() 
     with pytest.warns(RuntimeWarning, match="ModuleNotFoundError") as told:
         answers = [kernel.runs_on(GPU, (8, 0)) for _ in range(2)]
     assert (answers, len(told)) == ([False, False], 1)
+
+
+def test_clusters_are_summed_by_another_kernel_where_the_one_for_hopper_does_not_compile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is off where there is a GPU")
+    _kmeans_triton = pytest.importorskip("qvg_paged.kernels._kmeans_triton")
+    count, dim = 130, 128
+    group = row_group(torch.randn(1, 64, dim).bfloat16(), count)
+    group.ids.random_(0, count)
+
+    def summed() -> tuple[torch.Tensor, torch.Tensor]:
+        sums, counts = torch.zeros(1, 1, count, dim), torch.zeros(1, 1, count, dtype=torch.int32)
+        _kmeans_triton.sum_tokens(group, 0, sums, counts)
+        return sums, counts
+
+    other = summed()
+    kernel = GluonKernel("_sum_gluon", "slower")
+    monkeypatch.setattr(_kmeans_triton, "HOPPER_KERNEL", kernel)
+    monkeypatch.setattr(_kmeans_triton, "on_hopper", lambda device: device not in kernel.given_up)
+    monkeypatch.setattr(kernels, "_sum_gluon", ModuleType("another release"), raising=False)
+    with pytest.warns(RuntimeWarning, match="slower on cpu.*AttributeError"):
+        found = summed()
+    assert torch.equal(found[0], other[0])
+    assert torch.equal(found[1], torch.bincount(group.ids.flatten().long(), minlength=count)[None, None])
+    summed()  # without a word
