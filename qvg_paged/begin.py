@@ -1,8 +1,9 @@
 """Begin of chunks: check, make room for all of them, then reserve; all or none."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from qvg_paged.budget import object_counts
 from qvg_paged.chunk import Chunk
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Need", "begin_chunks"]
 
+FARTHEST = torch.finfo(torch.float32).max
+"""Block tables hold positions in float32."""
 Need = tuple[int, int, int, int]
 """Of a chunk: its frames, the spans its commit closes, frames and format of these."""
 
@@ -119,6 +122,6 @@ def _check_positions(positions: Mapping[int, float] | None) -> dict[int, float]:
         values = {frame: float(position) for frame, position in (positions or {}).items()}
     except (TypeError, ValueError, AttributeError) as error:
         raise ArgumentError(f"positions: expected a mapping from frame to position, got {positions!r}") from error
-    if not all(map(math.isfinite, values.values())):
-        raise ArgumentError(f"positions: expected finite numbers, got {values}")
+    if not all(abs(position) <= FARTHEST for position in values.values()):
+        raise ArgumentError(f"positions: expected finite float32 numbers, got {values}")
     return values

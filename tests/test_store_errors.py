@@ -285,6 +285,7 @@ def test_bad_streams_and_positions_name_the_argument_and_change_nothing() -> Non
         (lambda: cache.begin_chunks([stream, foreign]), ArgumentError, "streams of this manager"),
         (lambda: stream.begin_chunk(positions={0: "x"}), ArgumentError, "positions"),  # type: ignore[dict-item]
         (lambda: stream.begin_chunk(positions={0: float("nan")}), ArgumentError, "positions: expected finite"),
+        (lambda: stream.begin_chunk(positions={0: -1e39}), ArgumentError, "positions: expected finite"),
         (lambda: stream.begin_chunk(positions=[1.0]), ArgumentError, "positions"),  # type: ignore[arg-type]
         (lambda: stream.begin_chunk(retrieve=[-1]), ArgumentError, "retrieve"),
     ]
