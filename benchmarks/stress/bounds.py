@@ -201,7 +201,7 @@ def oversubscription(seeds: Sequence[int], costs: Costs | None = None) -> list[R
         policy="fair-share", streams=100, load=2.0, frames=(12, 60), pool_streams=4.0, varied=False,
         config=SchedulerConfig(max_running=8), costs=costs,
     )  # fmt: skip
-    name = "2x oversubscription" if costs == Costs() else "the same, measured costs"
+    name = "2x oversubscription" if costs == Costs() else "2x oversubscription, measured costs"
     static = {}
     for slots in range(1, 9):
         config = replace(base.config, no_preemption=True, max_running=slots)
