@@ -18,7 +18,10 @@ from qvg_paged.kernels.formats import CentroidType
 from qvg_paged.kernels.gluon import GluonKernel
 from qvg_paged.kernels.layout import TILE_TOKENS, PageLayout, PartLayout
 
-__all__ = ["FEW_ROWS", "Shares", "few_queries_attention", "page_groups", "reads_few_queries", "shares", "tables_nbytes"]
+__all__ = [
+    "FEW_ROWS", "Shares", "few_queries_attention", "page_groups", "reads_few_queries", "shares", "soonest_share",
+    "tables_nbytes",
+]  # fmt: skip
 
 FEW_ROWS = 64
 """Query rows (queries times the heads that share a KV head) of a sequence up to which this is the faster kernel."""
@@ -141,17 +144,30 @@ def shares(
 
 
 def _share_length(lengths: list[int], programs: int) -> int:
-    """Groups of the longest share so that runs of these lengths are read soonest, in whole waves of programs."""
+    """Groups of the longest share, at most `MOST_GROUPS`."""
+    fewest = max(1, math.ceil(sum(lengths) / (programs * MOST_GROUPS)))
+    return soonest_share(lengths, programs, range(fewest, fewest + 4), START_GROUPS, MOST_GROUPS)
+
+
+def soonest_share(lengths: list[int], programs: int, waves: range, start: int, most: float = math.inf) -> int:
+    """Length of the longest share so that runs of these lengths are read soonest, in whole waves of programs.
+
+    Args:
+        lengths: of the runs.
+        programs: that run at the same time.
+        waves: numbers of waves to aim for.
+        start: what a program costs besides its share, in the unit of `lengths`.
+        most: longest share there may be.
+    """
     total, starts = sum(lengths), Counter(lengths)
 
     def cost(longest: int) -> int:
         count = sum(times * math.ceil(length / longest) for length, times in starts.items())
-        return math.ceil(count / programs) * (longest + START_GROUPS)
+        return math.ceil(count / programs) * (longest + start)
 
-    fewest = max(1, math.ceil(total / (programs * MOST_GROUPS)))
-    ideal = [max(1, total / (programs * waves)) for waves in range(fewest, fewest + 4)]
+    ideal = [max(1, total / (programs * count)) for count in waves]
     wanted = (math.ceil(length * stretch / 20) for length in ideal for stretch in range(20, 41))
-    return min((min(length, MOST_GROUPS) for length in wanted), key=cost)
+    return min((int(min(length, most)) for length in wanted), key=cost)
 
 
 def _runs(table: BlockTable, fmt: int, sequence: int) -> Iterator[tuple[int, int, int]]:

@@ -4,12 +4,11 @@ Shares are those of `qvg_paged.kernels.few_queries`, cut in tiles of 64 tokens f
 """
 
 import math
-from collections import Counter
 
 import torch
 
 from qvg_paged.kernels.block_table import BlockTable
-from qvg_paged.kernels.few_queries import LOG2_E, Shares, shares
+from qvg_paged.kernels.few_queries import LOG2_E, Shares, shares, soonest_share
 from qvg_paged.kernels.formats import CentroidType
 from qvg_paged.kernels.gluon import GluonKernel
 from qvg_paged.kernels.layout import PageLayout, PartLayout
@@ -96,15 +95,8 @@ def _whole(lengths: list[int], _: int) -> int:
 
 
 def _share_length(lengths: list[int], programs: int) -> int:
-    """Tiles of the longest share so that runs of these lengths are read soonest, in whole waves of programs."""
-    total, starts = max(1, sum(lengths)), Counter(lengths)
-
-    def cost(longest: int) -> int:
-        count = sum(times * math.ceil(length / longest) for length, times in starts.items())
-        return math.ceil(count / programs) * (longest + START_TILES)
-
-    ideal = [max(1, total / (programs * waves)) for waves in range(1, MOST_WAVES + 1)]
-    return min((math.ceil(length * stretch / 20) for length in ideal for stretch in range(20, 41)), key=cost)
+    """Tiles of the longest share."""
+    return soonest_share(lengths, programs, range(1, MOST_WAVES + 1), START_TILES)
 
 
 def many_queries_attention(

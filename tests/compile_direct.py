@@ -56,11 +56,27 @@ def compile_variant(head_dim: int, name: str, rotates: bool) -> dict[str, Any]:
     return {"head_dim": head_dim, "format": name, "rotates": rotates, "shared": done.metadata.shared}
 
 
-def compile_few_queries(head_dim: int, rows: int) -> dict[str, Any]:
+def compile_gluon(
+    kernel: Any, pointers: dict[str, str], numbers: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
+) -> Any:
+    """A kernel that reads two parts of pages, its pointers aligned; arguments without a type are integers."""
     import triton  # noqa: PLC0415
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
     from triton.experimental.gluon._runtime import GluonASTSource  # noqa: PLC0415
 
+    types: dict[str, Any] = {**pointers, **numbers, **dict.fromkeys(constants, "constexpr")}
+    types |= {part: PartBytes(*["i32"] * len(PartBytes._fields)) for part in ("key_part", "value_part")}
+    places = {arg: i for i, arg in enumerate(kernel.arg_names)}
+    attributes = {(places[arg],): ALIGNED for arg in pointers}
+    attributes |= {(places[part], i): ALIGNED for part in ("key_part", "value_part") for i in range(6)}
+    source = GluonASTSource(
+        kernel, {arg: types.get(arg, "i32") for arg in kernel.arg_names},
+        {(places[arg],): value for arg, value in constants.items()}, attributes,
+    )  # fmt: skip
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def compile_few_queries(head_dim: int, rows: int) -> dict[str, Any]:
     from qvg_paged.kernels._few_queries_gluon import few_queries_kernel as kernel  # noqa: PLC0415
 
     layout = PageLayout.build(
@@ -70,24 +86,11 @@ def compile_few_queries(head_dim: int, rows: int) -> dict[str, Any]:
     constants = {"VALUE": part_code(layout.value), "BLOCKS": head_dim // 64, "ROWS": rows, "ALIGNED": True}
     pointers = {"partials": "*fp32", "partial_lse": "*fp32", "tables": "*fp32", "buffer": "*u8", "pages": "*i32",
                 "items": "*i32"}  # fmt: skip
-    types: dict[str, Any] = {**pointers, **dict.fromkeys(constants, "constexpr")}
-    types |= {part: PartBytes(*["i32"] * len(PartBytes._fields)) for part in ("key_part", "value_part")}
-    places = {arg: i for i, arg in enumerate(kernel.arg_names)}
-    attributes = {(places[arg],): ALIGNED for arg in pointers}
-    attributes |= {(places[part], i): ALIGNED for part in ("key_part", "value_part") for i in range(6)}
-    source = GluonASTSource(
-        kernel, {arg: types.get(arg, "i32") for arg in kernel.arg_names},
-        {(places[arg],): value for arg, value in constants.items()}, attributes,
-    )  # fmt: skip
-    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    done = compile_gluon(kernel, pointers, {}, constants, {"num_warps": 1})
     return {"head_dim": head_dim, "rows": rows, "shared": done.metadata.shared}
 
 
 def compile_many_queries(blocks: int) -> dict[str, Any]:
-    import triton  # noqa: PLC0415
-    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
-    from triton.experimental.gluon._runtime import GluonASTSource  # noqa: PLC0415
-
     from qvg_paged.kernels._many_queries_gluon import many_queries_kernel as kernel  # noqa: PLC0415
 
     layout = PageLayout.build(
@@ -101,17 +104,8 @@ def compile_many_queries(blocks: int) -> dict[str, Any]:
     }  # fmt: skip
     pointers = {"partials": "*fp32", "partial_lse": "*fp32", "q": "*bf16", "buffer": "*u8", "pages": "*i32",
                 "items": "*i32"}  # fmt: skip
-    types: dict[str, Any] = {**pointers, "scale_log2": "fp32", **dict.fromkeys(constants, "constexpr")}
-    types |= {part: PartBytes(*["i32"] * len(PartBytes._fields)) for part in ("key_part", "value_part")}
-    places = {arg: i for i, arg in enumerate(kernel.arg_names)}
-    attributes = {(places[arg],): ALIGNED for arg in pointers}
-    attributes |= {(places[part], i): ALIGNED for part in ("key_part", "value_part") for i in range(6)}
-    source = GluonASTSource(
-        kernel, {arg: types.get(arg, "i32") for arg in kernel.arg_names},
-        {(places[arg],): value for arg, value in constants.items()}, attributes,
-    )  # fmt: skip
     limit = {} if registers is None else {"maxnreg": registers}
-    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, **limit})
+    done = compile_gluon(kernel, pointers, {"scale_log2": "fp32"}, constants, {"num_warps": 4, **limit})
     return {"head_dim": 128, "blocks": blocks, "shared": done.metadata.shared}
 
 
