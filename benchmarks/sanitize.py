@@ -1,12 +1,12 @@
 """Every launch of the library on small shapes under compute-sanitizer: no read or write out of bounds, no race.
 
-    python benchmarks/sanitize.py --json runs/sanitize.json [--tool memcheck --tool racecheck]
+    python benchmarks/sanitize.py --json runs/sanitize.json [--tool memcheck --tool racecheck] [--jobs 6]
 
-Each tool runs this file again as the program to watch: streams of a small model on a CUDA device commit spans in every
-preset and attend by every path, with few queries and many, pages that end inside a tile, and keys turned on read.
-PyTorch's caching of memory is off, so that every tensor has bounds of its own. Results are compared with the reference
-path. Races are looked for in fewer runs: that tool is slow. Exit status 0 only if every tool found nothing; 77 where
-compute-sanitizer is not installed.
+A tool runs this file again for every run, several side by side, as the program to watch: streams of a small model on a
+CUDA device commit spans in every preset and attend by every path, with few queries and many, pages that end inside a
+tile, and keys turned on read. PyTorch's caching of memory is off, so that every tensor has bounds of its own. Results
+are compared with the reference path. Races are looked for in the smaller runs: that tool is slow. Exit status 0 only if
+every tool found nothing; 77 where compute-sanitizer is not installed.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ RUNS = (
     Watched("qvg-pro-int2", 33, 128, rope=False),
 )
 
-WATCHED = {"memcheck": RUNS, "racecheck": (RUNS[0], RUNS[2])}
+WATCHED = {"memcheck": RUNS, "racecheck": RUNS[2:]}
 """Runs by tool."""
 
 
@@ -100,37 +101,36 @@ def _relative(out: torch.Tensor, truth: torch.Tensor) -> float:
     return ((out.float() - truth.float()).norm() / truth.float().norm()).item()
 
 
-def watched(runs: tuple[Watched, ...]) -> int:
+def watched(run: Watched) -> int:
     """What a tool watches; exit status 0 if every path agrees with the reference."""
     torch.manual_seed(int(time.time()))
     held = True
-    for run in runs:
-        for path, queries, distance in distances(run):
-            right = distance <= (LOOSE_FP8 if path is AttentionPath.STAGED_FP8 else LOOSE)
-            held &= right
-            print(f"{run} {path.value} {queries} queries: {distance:.4f}{'' if right else ' WRONG'}", flush=True)
+    for path, queries, distance in distances(run):
+        right = distance <= (LOOSE_FP8 if path is AttentionPath.STAGED_FP8 else LOOSE)
+        held &= right
+        print(f"{run} {path.value} {queries} queries: {distance:.4f}{'' if right else ' WRONG'}", flush=True)
     return 0 if held else 1
 
 
-def watch(tool: str, program: str) -> dict[str, Any]:
-    """Run this file under `tool`: what it found."""
-    command = [program, "--tool", tool, "--error-exitcode", "3", "--kernel-name-exclude", f"kns={FOREIGN}"]
-    command += [sys.executable, __file__, "--watched", "--tool", tool]
+def watch(program: str, seconds: int, tool: str, run: Watched) -> dict[str, Any]:
+    """One run under `tool`, for `seconds` at most: what it found."""
+    command = ["timeout", str(seconds), program, "--tool", tool, "--error-exitcode", "3"]
+    command += ["--kernel-name-exclude", f"kns={FOREIGN}", sys.executable, __file__, "--watched", str(RUNS.index(run))]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     start = time.monotonic()
-    command = ["timeout", str(SECONDS), *command]
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )  # fmt: skip
     lines = []
     for line in process.stdout or ():
         lines.append(line)
-        print(line, end="", flush=True)
+        print(f"{tool}: {line}", end="", flush=True)
     process.wait()
     found = [int(count) for count in SUMMARY.findall("".join(lines))]
     compared = sum("queries:" in line for line in lines)
     return {
-        "tool": tool, "found": sum(found) if found else None, "compared": compared, "exit_status": process.returncode,
+        "tool": tool, "run": run, "found": sum(found) if found else None, "compared": compared,
+        "exit_status": process.returncode,
         "held": process.returncode == 0 and bool(found) and not sum(found) and compared > 0,
         "seconds": round(time.monotonic() - start, 1),
     }  # fmt: skip
@@ -141,19 +141,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tool", action="append", choices=list(WATCHED))
-    parser.add_argument("--watched", action="store_true", help="be the program that is watched")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="limit of a run")
+    parser.add_argument("--watched", type=int, metavar="RUN", help="be the program that is watched")
     arguments = parser.parse_args()
-    if arguments.watched:
-        return watched(WATCHED[arguments.tool[0]] if arguments.tool else RUNS)
+    if arguments.watched is not None:
+        return watched(RUNS[arguments.watched])
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None:
         print("compute-sanitizer: expected on the PATH, found nothing; it comes with the CUDA toolkit")
         return NOT_INSTALLED
-    rows = [watch(tool, program) for tool in arguments.tool or WATCHED]
+    work = [(tool, run) for tool in arguments.tool or WATCHED for run in WATCHED[tool]]
+    with ThreadPoolExecutor(arguments.jobs) as jobs:
+        rows = list(jobs.map(lambda task: watch(program, arguments.seconds, *task), work))
     if arguments.json:
-        results_file.write(
-            arguments.json, results_file.result(device="cuda", config={"runs": WATCHED}, results=rows)
-        )
+        results_file.write(arguments.json, results_file.result(device="cuda", config={"runs": WATCHED}, results=rows))
     for row in rows:
         print(row)
     return 0 if all(row["held"] for row in rows) else 1
