@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qvg_paged.kernels._fp8_decode_triton import read_unit
+from qvg_paged.kernels._fp8_bounds_triton import read_unit
 from qvg_paged.kernels.launch import launch
 
 if TYPE_CHECKING:

@@ -122,15 +122,17 @@ def scratch_nbytes(problems: int, num_keys: int, head_dim: int, dtype: torch.dty
     return align(2 * keys + problems * 16, GRANULE)
 
 
-def _launchers(backend: Backend, device: torch.device) -> tuple[ModuleType, ModuleType]:
+def _launchers(backend: Backend, device: torch.device) -> tuple[ModuleType, ModuleType, ModuleType]:
+    """Modules that bound pages, decode them and attend."""
     if not uses_triton(backend, device):
-        return reference_fp8, reference_fp8
+        return (reference_fp8,) * 3
     from qvg_paged.kernels import (  # noqa: PLC0415 - triton is only loaded where it is used
         _fp8_attention_triton,
+        _fp8_bounds_triton,
         _fp8_decode_triton,
     )
 
-    return _fp8_decode_triton, _fp8_attention_triton
+    return _fp8_bounds_triton, _fp8_decode_triton, _fp8_attention_triton
 
 
 def decode_runs(
@@ -154,10 +156,10 @@ def decode_runs(
         rope_layout: which channels form a pair, where a run rotates.
         backend: Triton or its PyTorch twin.
     """
-    decoder, _ = _launchers(backend, buffer.device)
-    decoder.clear_bounds(scratch.bounds)
+    bounder, decoder, _ = _launchers(backend, buffer.device)
+    bounder.clear_bounds(scratch.bounds)
     for run in runs:
-        decoder.bound_pages(buffer, run.pages, run.codebooks, layouts[run.fmt], layer, scratch.bounds)
+        bounder.bound_pages(buffer, run.pages, run.codebooks, layouts[run.fmt], layer, scratch.bounds)
     first = 0
     for run in runs:
         layout = layouts[run.fmt]
@@ -192,7 +194,7 @@ def quantise_queries(
     rows = tokens * (q_heads // heads)
     out = torch.empty((sequences * heads, rows, dim), dtype=dtype, device=q.device)
     scales = torch.empty((sequences * heads, rows), dtype=torch.float32, device=q.device)
-    _launchers(backend, q.device)[1].quantise_queries(q, heads, split, out, scales)
+    _launchers(backend, q.device)[2].quantise_queries(q, heads, split, out, scales)
     return out, scales
 
 
@@ -221,7 +223,7 @@ def attend(
         shape: tile sizes.
         backend: Triton or its PyTorch twin.
     """
-    _launchers(backend, queries.device)[1].attend(
+    _launchers(backend, queries.device)[2].attend(
         queries, query_scales, scratch.keys, scratch.values, scratch.bounds, out, lse, scratch.num_keys,
         softmax_scale, heads, shape,
     )  # fmt: skip

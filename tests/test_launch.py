@@ -138,7 +138,7 @@ def test_a_parameter_that_is_missing_is_told(kernel: Any) -> None:
         launch(kernel, (1,), *arguments()[:-1], WIDTH=64)
 
 
-@pytest.mark.parametrize("name", ["_decode_triton", "_fp8_decode_triton"])
+@pytest.mark.parametrize("name", ["_decode_triton", "_fp8_bounds_triton", "_fp8_decode_triton"])
 def test_decoding_launches_nothing_that_could_not_be_repeated(name: str) -> None:
     source = (KERNELS / f"{name}.py").read_text()
     assert "launch(" in source
