@@ -58,6 +58,7 @@ def decide(
     books = Books(rules, state, now, rng.getrandbits(32), lasting=not advice.keyed)
     squeeze(books, advice)
     admitted, resumed, line = admit(books, advice)
+    state.left = frozenset(state.lines)
     state.news = (*books.news, *(decision.stream_id for decision in books.parked))
     _elect_leader(state)
     plan = Plan(
@@ -105,17 +106,18 @@ def _note_times(rules: Rules, state: State) -> None:
 
 
 def _lift(state: State) -> None:
-    """A tenant that comes back with streams in line starts where those in line are: idle time is no credit."""
-    in_line = state.lines
-    staying = [t.virtual_time for name, t in state.tenants.items() if t.backlogged and name in in_line]
-    state.virtual_floor = max(state.virtual_floor, min(staying, default=0.0))
-    for name, tenant in state.tenants.items():
-        backlogged = name in in_line
-        if backlogged and not tenant.backlogged:
-            virtual_time = max(tenant.virtual_time, state.virtual_floor)
-            state.tenants[name] = tenant.but(backlogged=True, virtual_time=virtual_time)
-        elif tenant.backlogged and not backlogged:
-            state.tenants[name] = tenant.but(backlogged=False)
+    """A tenant that comes back with streams in line starts where those in line are: idle time is no credit.
+
+    Whose line was empty after the latest plan had all it wanted, however little. If that goes for everybody, nobody is
+    behind, and all start level.
+    """
+    tenants = state.tenants
+    staying = [tenants[name].virtual_time for name in state.left if name in state.lines]
+    level = min(staying) if staying else max([tenant.virtual_time for tenant in tenants.values()], default=0.0)
+    floor = state.virtual_floor = max(state.virtual_floor, level)
+    for name in state.lines.keys() - state.left:
+        if tenants[name].virtual_time < floor:
+            tenants[name] = tenants[name].but(virtual_time=floor)
 
 
 def _dismiss_leader(state: State) -> None:

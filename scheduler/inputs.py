@@ -157,6 +157,7 @@ def _make_room(rules: Rules, state: State) -> bool:
         groups = (state.queued, state.running, state.parked)
         busy = {entry.tenant for group in groups for entry in group.values()}
         state.tenants = {name: t for name, t in state.tenants.items() if t.configured or name in busy}
+        state.left = state.left.intersection(state.tenants)
     return len(state.tenants) < rules.config.max_tenants
 
 

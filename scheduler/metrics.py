@@ -197,7 +197,8 @@ class SchedulerMetrics(Collector):
             watch.late = max(late, watch.late)
 
     def _sample(self, state: State) -> None:
-        service = {name: t.service / t.spec.weight for name, t in state.tenants.items() if t.backlogged}
+        tenants = ((name, state.tenants[name]) for name in state.left)
+        service = {name: tenant.service / tenant.spec.weight for name, tenant in tenants}
         sample = _Sample(state.now, service, state.dearest_chunk * len(state.running))
         recent = (old for old in self._samples if old.now >= state.now - WINDOW_SECONDS)
         self._samples = (*recent, sample)

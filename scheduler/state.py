@@ -216,7 +216,9 @@ class State:
         leader: running stream that may not be parked; `leader_chunks` is how many chunks it had finished then.
         hold: steps for which admission pauses because someone had to be parked.
         draining: whether new requests are refused.
-        virtual_floor: least virtual time of tenants in line, never falling.
+        left: tenants that the latest plan left in line.
+        virtual_floor: virtual time of the tenant in line that is furthest behind, or of the one that is furthest ahead
+            while nobody is in line; never falling.
         dearest_chunk: most a chunk of one stream has cost.
         charges: tenant, bytes and chunks of each stream of the latest plan, to be charged at the next step.
     """
@@ -238,6 +240,7 @@ class State:
     leader_chunks: int = 0
     hold: int = 0
     draining: bool = False
+    left: frozenset[str] = frozenset()
     virtual_floor: float = 0.0
     dearest_chunk: float = 0.0
     charges: tuple[tuple[str, int, int], ...] = ()

@@ -53,14 +53,12 @@ class Tenant:
         configured: whether someone set them; others are forgotten when idle and room is needed.
         service: cost units it has had.
         virtual_time: service by weight, lifted when it comes back from having nothing in line: idle time is no credit.
-        backlogged: whether it had a stream in line at the latest step.
     """
 
     spec: TenantSpec
     configured: bool = False
     service: float = 0.0
     virtual_time: float = 0.0
-    backlogged: bool = False
 
     def but(self, **changes: Any) -> "Tenant":
         """A copy with some fields changed: `dataclasses.replace` at a fraction of its price."""

@@ -184,6 +184,8 @@ class Checker:
                 ledger.expect("transitions", right, f"{name!r} was {key}, it was {stream.state}")
                 ledger.expect("cancel", stream.state not in FINAL, f"{name!r} ran after its end")
                 stream.state, stream.reason, stream.chunks_before = "running", "advance", stream.chunks
+                if before == "queued":
+                    ledger.back(stream)
 
     def _check_park(self, name: str, reason: str) -> None:
         ledger, config, stream = self.ledger, self.ledger.open["config"], self.ledger.streams[name]
@@ -210,7 +212,7 @@ class Checker:
             right = start == stream.committed and count == most
             ledger.expect("frames", right, f"{name!r} is to make {count} frames from {start}")
             ledger.expect("accounting", 0 < nbytes <= stream.worst, f"{nbytes} bytes are promised to {name!r}")
-            worst = ledger.parks or nbytes == stream.worst
+            worst = stream.backed or nbytes == stream.worst
             ledger.expect("accounting", worst, f"{name!r} is not promised its worst case")
             stream.nbytes = nbytes
             ledger.planned[name] = (start, count)

@@ -34,6 +34,8 @@ class Stream:
         chunks_before: chunks finished when it last began to run.
         stalls: parks since its latest chunk.
         spent: cost units it has taken.
+        backed: whether the host had room for it at its worst, beside those who have it set aside, when it was admitted;
+            who was admitted without keeps its worst case until it ends.
         rung, kept: how cheaply it is stored, and how many frames it keeps for retrieval; `lowest` and `least_kept` are
             its floors.
     """
@@ -51,6 +53,7 @@ class Stream:
     ending: str = ""
     nbytes: int = 0
     spent: float = 0.0
+    backed: bool = False
     rung: int = 0
     kept: int = 0
     lowest: int = 0
@@ -125,7 +128,12 @@ class Ledger:
         """Whether it may have been impossible to park a running stream."""
         stream = self.streams[name]
         stuck = name == self.leader and stream.chunks == self.leader_chunks and stream.chunks != stream.chunks_before
-        return stuck or stream.stalls >= self.open["config"]["max_parks"] or not self.roomy()
+        return stuck or stream.stalls >= self.open["config"]["max_parks"] or not stream.backed
+
+    def back(self, stream: Stream) -> None:
+        """A stream is admitted: whether host memory is set aside for it, as it stays."""
+        claimed = sum([other.worst for other in self.live.values() if other.backed])
+        stream.backed = self.parks and claimed + stream.worst <= self.open["host_nbytes"]
 
     def roomy(self) -> bool:
         """Whether the host has room for all streams at their worst, so that everyone can be parked."""

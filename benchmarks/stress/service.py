@@ -35,7 +35,8 @@ class Service:
             stream = ledger.streams[name]
             stream.spent += cost
             ledger.tenants[tenant].service += cost
-            self._dearest = max(self._dearest, cost * config["min_chunks"] if roomy else stream.spent)
+            parkable = roomy and stream.backed
+            self._dearest = max(self._dearest, cost * config["min_chunks"] if parkable else stream.spent)
         self._slots = max(self._slots, len(ledger.held))
 
     def follow(self) -> None:
