@@ -7,7 +7,7 @@ from quality.codecs import DenseSpan, Library
 from quality.row import Row, pair
 from qvg_paged import FORMATS, QVG
 
-__all__ = ["beside_preset", "candidates"]
+__all__ = ["beside_preset", "candidates", "limits", "residual_balance"]
 
 K = Candidate(balance="pair")
 V = Candidate()
@@ -113,4 +113,57 @@ def beside_preset() -> list[Row]:
         pair("QVG int2 Kc=8, logit correction 0.5", *theirs, correction=0.5),
         pair("QVG int2 Kc=8, first 4 frames dense", *theirs, dense_first=4),
         pair("QVG int2 Kc=8, newest 16 frames dense", *theirs, dense_recent=16),
+    ]
+
+
+def residual_balance() -> list[Row]:
+    """Channels balanced by what clustering leaves of them, and how many centroids keys and values then want."""
+    base = {"centroid_bits": 8, "block": 128}
+    k = replace(K, **base, balance="cap", residual="pair")  # type: ignore[arg-type]
+    v, plain = replace(V, **base, residual="channel"), replace(V, **base)  # type: ignore[arg-type]
+
+    def ours(name: str, key: int, value: int, first: Candidate = k, second: Candidate = v) -> Row:
+        return pair(name, replace(first, centroids=key), replace(second, centroids=value))
+
+    knee = replace(k, balance="knee4", residual="none")
+    return [
+        ours("residual balance of K, Kc=42/10", 42, 10, second=plain),
+        ours("residual balance of V, Kc=42/10", 42, 10, first=knee),
+        ours("residual balance, Kc=42/10", 42, 10),
+        ours("residual balance, Kc=25/25", 25, 25),
+        ours("residual balance, Kc=32/16", 32, 16),
+        ours("residual balance of K, Kc=25/25", 25, 25, second=plain),
+        ours("residual balance, clustered as is, Kc=42/10", 42, 10, first=replace(k, balance="none")),
+        ours("residual balance, clustered by the root, Kc=42/10", 42, 10, first=replace(k, balance="knee4")),
+        ours("residual balance, clustered by the spread, Kc=42/10", 42, 10, first=replace(k, balance="pair")),
+        ours("residual balance, query-shaped rounding 1, Kc=25/25", 25, 25, first=replace(k, feedback=1.0)),
+        ours("residual balance, K query-weighted distances, Kc=25/25", 25, 25, first=replace(k, query_distance=True)),
+        ours("residual balance, blocks of 64, Kc=17/17", 17, 17, replace(k, block=64), replace(v, block=64)),
+        ours("residual balance, Kc=16/33", 16, 33),
+        ours("residual balance, levels -4 -1 1 4, Kc=25/25", 25, 25, *(replace(c, levels="4114") for c in (k, v))),
+    ]
+
+
+def limits() -> list[Row]:
+    """What more bits, or an exact half of the cache, would bring."""
+    base = {"centroid_bits": 8, "block": 128, "centroids": 25}
+    k = replace(K, **base, balance="cap", residual="pair")  # type: ignore[arg-type]
+    v = replace(V, **base, residual="channel")  # type: ignore[arg-type]
+    eight, int4 = ({"levels": levels} for levels in ("8", "int4"))
+
+    def ours(name: str, key: dict[str, str], value: dict[str, str]) -> Row:
+        return pair(name, replace(k, **key), replace(v, **value))  # type: ignore[arg-type]
+
+    return [
+        pair("exact keys, values in 2 bits", DenseSpan(), v),
+        pair("keys in 2 bits, exact values", k, DenseSpan()),
+        ours("keys in 2 bits, values in 3", {}, eight),
+        ours("keys in 3 bits, values in 2", eight, {}),
+        ours("3 bits", eight, eight),
+        ours("keys in 2 bits, values in 4", {}, int4),
+        ours("keys in 3 bits, values in 4", eight, int4),
+        ours("4 bits", int4, int4),
+        pair("2 bits, first frame exact", k, v, dense_first=1),
+        pair("2 bits, first span exact", k, v, dense_first=16),
+        pair("2 bits, newest 16 frames exact", k, v, dense_recent=16),
     ]

@@ -30,6 +30,8 @@ class Candidate:
         axis: "channel" (blocks along channels) or "token" (along tokens, one channel each).
         balance: "none", "pair", "channel", "head" (one factor), "query" (keys: root of spread over query size).
         balance_late: balance the residual after clustering instead of the tensor before it.
+        residual: balance the residual by its own spread, which `balance` then does for clustering only: "pair",
+            "channel", or "none" for `balance` throughout.
         centroids: per stage and head, 0 for none.
         stages: smoothing stages.
         centroid_bits: 16, or 8 (FP8 with a scale per head).
@@ -53,6 +55,7 @@ class Candidate:
     axis: str = "channel"
     balance: str = "none"
     balance_late: bool = False
+    residual: str = "none"
     centroids: int = 8
     stages: int = 1
     centroid_bits: int = 16
@@ -83,6 +86,8 @@ class Candidate:
 
     def code(self, x: Tensor, moment: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         """`x` ``[heads, tokens, dim]`` as it reads after coding, float32."""
+        if self.residual != "none":
+            return self._code_residual(x, moment)
         balance = self._balance(x.float(), moment)
         y = x if self.balance_late else (x.float() / balance).to(x.dtype)
         base = torch.zeros_like(y, dtype=torch.float32)
@@ -100,6 +105,16 @@ class Candidate:
         out = out if self.balance_late else out * balance
         return out + self._compensation(x.float() - out, moment) if self.compensate else out
 
+    def _code_residual(self, x: Tensor, moment: Tensor | None) -> Tensor:
+        """Centroids found with one balance, stored with another: that of what they leave."""
+        wide, before = x.float(), self._balance(x.float(), moment)
+        base = self._smooth((wide / before).to(x.dtype), wide.new_zeros(1), 0, before, moment, None) * before
+        balance = _spread(wide - base, self.residual == "pair").clamp_min(1e-6).bfloat16().float()
+        base = round_centroids(base / balance, CentroidType.FP8).values.float()
+        residual = wide / balance - base
+        grid = self._shaped(residual, balance, moment) if self.feedback else self._grid(residual)
+        return (base + grid) * balance
+
     def bits(self, tokens: int, dim: int) -> float:
         """Codes, scales, ids, codebooks, balancing, means, components and coefficients."""
         scales = 16 if self.levels == "asym2" else 8
@@ -107,19 +122,17 @@ class Candidate:
         total = WIDTH[self.levels] + scales / min(self.block, length)
         if self.centroids:
             total += self.stages * (8 / dim + self.centroids * self.centroid_bits / tokens)
-        total += 16 / tokens * ((self.balance != "none") + (self.mean or self.rank > 0) + self.rank)
+        total += 16 / tokens * ((self.residual != "none" or self.balance != "none") + (self.mean or self.rank > 0) + self.rank)
         total += (self.rank * self.rank_bits + 8) / dim if self.rank else 0
         return total + 8 * self.compensate / dim
 
     def _balance(self, x: Tensor, moment: Tensor | None) -> Tensor:
         if self.balance == "none":
             return x.new_ones(1)
-        variance = x.var(1, keepdim=True, correction=0)
-        if self.balance in {"pair", "query", "root", "clip", "knee2", "knee4", "knee9"}:
-            variance = variance.unflatten(-1, (-1, 2)).mean(-1).repeat_interleave(2, -1)
-        elif self.balance == "head":
-            variance = variance.mean(-1, keepdim=True)
-        spread = variance.sqrt()
+        if self.balance == "head":
+            spread = x.var(1, keepdim=True, correction=0).mean(-1, keepdim=True).sqrt()
+        else:
+            spread = _spread(x, self.balance != "channel")
         if self.balance == "query":
             assert moment is not None
             spread = (spread / pair_size(moment)).sqrt()
@@ -127,6 +140,8 @@ class Candidate:
             spread = spread.sqrt()
         elif self.balance == "clip":
             spread = torch.maximum(spread, spread.median(-1, keepdim=True).values)
+        elif self.balance == "cap":
+            spread = (spread / (4 * spread.median(-1, keepdim=True).values)).clamp_min(1.0)
         elif self.balance.startswith("knee"):
             middle = spread.median(-1, keepdim=True).values
             spread = torch.maximum((spread * middle).sqrt(), spread / float(self.balance[4:]) ** 0.5)
@@ -263,3 +278,11 @@ class Candidate:
         part = error @ basis
         scale = part.abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
         return ((part / scale).round_() * scale) @ basis.transpose(1, 2)
+
+
+def _spread(x: Tensor, pairs: bool) -> Tensor:
+    """Standard deviation of channels, or of RoPE pairs of them, over the tokens of ``[heads, tokens, dim]``."""
+    variance = x.var(1, keepdim=True, correction=0)
+    if pairs:
+        variance = variance.unflatten(-1, (-1, 2)).mean(-1).repeat_interleave(2, -1)
+    return variance.sqrt()

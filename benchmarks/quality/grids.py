@@ -14,11 +14,12 @@ LEVELS = {
     "ternary": (-1.0, 0.0, 1.0),
     "3113": (-3.0, -1.0, 1.0, 3.0),
     "4114": (-4.0, -1.0, 1.0, 4.0),
+    "8": tuple(float(i) for i in range(-7, 8, 2)),
     "int4": tuple(float(i) for i in range(-7, 8)),
     "16": tuple(float(i) for i in range(-15, 16, 2)),
 }
 EXACT = {"ternary": Grid.TERNARY, "3113": Grid.QUATERNARY, "int4": Grid.INT4}
-WIDTH = {"ternary": 2, "3113": 2, "4114": 2, "asym2": 2, "int4": 4, "16": 4, "2+2": 4, "2+2 dropped": 2}
+WIDTH = {"ternary": 2, "3113": 2, "4114": 2, "asym2": 2, "8": 3, "int4": 4, "16": 4, "2+2": 4, "2+2 dropped": 2}
 
 
 def pair_size(moment: Tensor) -> Tensor:

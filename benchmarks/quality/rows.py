@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from quality.candidate_rows import beside_preset, candidates
+from quality.candidate_rows import beside_preset, candidates, limits, residual_balance
 from quality.candidates import Candidate
 from quality.codecs import RoundToNearest
 from quality.loop import Cache
@@ -115,6 +115,8 @@ SETS: dict[str, list[Row]] = {
     "finalists": finalists(),
     "beside": beside_preset(),
     "candidates": candidates(),
+    "residual": residual_balance(),
+    "limits": limits(),
 }
 SETS["outliers"] = [
     row
@@ -122,7 +124,7 @@ SETS["outliers"] = [
     if row.name in {*PRESETS, *OUTLIER_ROWS}
 ]
 SETS["frontier"] = [*SETS["presets"], *SETS["finalists"], *SETS["baselines"], *SETS["controls"]]
-SETS["all"] = [*SETS["frontier"], *SETS["beside"], *SETS["candidates"]]
+SETS["all"] = [*SETS["frontier"], *SETS["beside"], *SETS["residual"], *SETS["limits"], *SETS["candidates"]]
 """Rows that are run together."""
 
 
