@@ -43,5 +43,6 @@ def workspace_nbytes(layout: PartLayout, span_tokens: int) -> int:
     codec, dim, count = layout.codec, layout.head_dim, layout.num_centroids
     rows = group_rows(2 * layout.heads, span_tokens, layout)
     moments = (cdiv(2 * span_tokens, MOMENT_TOKENS) + 1) * 3 * dim * 8 if codec.balanced else 0
+    moments += (cdiv(span_tokens, MOMENT_TOKENS) * 2 * 8 + count * 4 + 4) * dim if codec.is_rebalanced else 0
     kept = codec.stages * (span_tokens + count * (dim * 3 + 4)) + count * (dim * 24 + 4) + dim * 4
     return rows * (max(_sum_nbytes(span_tokens, layout), moments) + kept + 2048)

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 import torch
 
 from qvg_paged.kernels import reference
-from qvg_paged.kernels.formats import BalanceRule, CentroidType
+from qvg_paged.kernels.formats import BalanceRule, CentroidType, Codec
 from qvg_paged.kernels.kmeans import Centroids, fit, round_centroids, seed_rows
 from qvg_paged.kernels.layout import PartLayout
 from qvg_paged.kernels.rope import RoPELayout
 
-__all__ = ["encode_heads", "spread_resolution", "workspace_nbytes"]
+__all__ = ["OUTLIER", "centroid_resolution", "encode_heads", "spread_resolution", "workspace_nbytes"]
 
+OUTLIER = 4.0
+"""Medians of the spread to which `BalanceRule.RESIDUAL` brings larger channels before it smooths."""
 GROUP_BYTES = 16 << 20
 """Residual bytes worked on at once (at least one head)."""
 
@@ -72,20 +74,31 @@ def _encode_group(
     codec, heads = layout.codec, x.shape[1]
     residual = torch.empty((heads, len(x), layout.head_dim), dtype=x.dtype, device=x.device)
     residual.copy_(x.transpose(0, 1))
+    owned, balance = slice(first_head, first_head + heads), None
     if codec.balanced:
         assert codebook_offset is not None
-        balance = _spread(residual, layout.pairing, codec.balance_rule)
-        plane = layout.plane("balance").view(buffer, codebook_offset)
-        plane[first_head : first_head + heads] = _stored(balance, layout)
-        inverse = 1.0 / balance.float()
-        for some in _slices(residual):
-            residual[:, some] = (residual[:, some].float() * inverse[:, None]).to(x.dtype)
+        balance = _spread(residual, layout.pairing, codec)
+        layout.plane("balance").view(buffer, codebook_offset)[owned] = _stored(balance, layout)
+        _divide(residual, balance)
+    energy = _energy(residual) if codec.is_rebalanced else None
     ids = torch.empty((codec.stages, heads, len(x)), dtype=torch.uint8, device=x.device) if given is None else given
+    found = []
     for stage in range(codec.stages):
+        found.append(_stage(residual, layout, stage, ids[stage], initial, given is not None))
+        _subtract(residual, ids[stage], found[-1].values)
+    if energy is not None:
+        assert balance is not None and codebook_offset is not None
+        before, balance = balance.float(), _rebalanced(residual, energy, balance, layout)
+        layout.plane("balance").view(buffer, codebook_offset)[owned] = _stored(balance, layout)
+        residual.copy_(x.transpose(0, 1))
+        _divide(residual, balance)
+        factor = (before / balance.float())[:, None]
+        found = [round_centroids(centroids.values * factor, codec.centroid_type) for centroids in found]
+        for stage, centroids in enumerate(found):
+            _subtract(residual, ids[stage], centroids.values)
+    for stage, centroids in enumerate(found):
         assert codebook_offset is not None
-        centroids = _stage(residual, layout, stage, ids[stage], initial, given is not None)
         _write_centroids(centroids, layout, buffer, codebook_offset, stage, first_head)
-        _subtract(residual, ids[stage], centroids.values)
     reference.quantise_pack(residual, ids if codec.stages else None, layout, buffer, part_offsets, first_head)
 
 
@@ -121,8 +134,54 @@ def _subtract(residual: torch.Tensor, ids: torch.Tensor, centroids: torch.Tensor
         residual[:, some] = (residual[:, some].float() - rows.float()).to(residual.dtype)
 
 
-def _spread(x: torch.Tensor, pairing: RoPELayout | None, rule: BalanceRule) -> torch.Tensor:
-    """What channels are divided by, from their standard deviation over the span, ``[heads, head_dim]`` bfloat16.
+def _divide(residual: torch.Tensor, balance: torch.Tensor) -> None:
+    inverse = 1.0 / balance.float()
+    for some in _slices(residual):
+        residual[:, some] = (residual[:, some].float() * inverse[:, None]).to(residual.dtype)
+
+
+def _energy(x: torch.Tensor) -> torch.Tensor:
+    """Sums of squares of the channels, ``[heads, head_dim]`` float64."""
+    total = sum(x[:, some].double().square_().sum(1) for some in _slices(x))
+    assert isinstance(total, torch.Tensor)
+    return total
+
+
+def _rebalanced(
+    residual: torch.Tensor, energy: torch.Tensor, balance: torch.Tensor, layout: PartLayout
+) -> torch.Tensor:
+    """What channels are divided by in the end, ``[heads, head_dim]`` bfloat16.
+
+    Args:
+        residual: what smoothing left of the tensor as it was divided by `balance`.
+        energy: of the tensor that was smoothed, as `_energy` says.
+        balance: what it was divided by, ``[heads, head_dim]`` bfloat16; kept where nothing was left.
+        layout: pairing, and how finely centroids are stored: what is left is taken to be no smaller than what
+            rounding a centroid once more may leave.
+    """
+    left = _energy(residual)
+    least = energy * centroid_resolution(layout.codec.centroid_type) ** 2
+    mean = _paired(torch.where(left > 0, torch.maximum(left, least), 0.0), layout.pairing) / residual.shape[1]
+    wide = (mean.sqrt().float() * balance.float()).to(torch.bfloat16)
+    return torch.where(wide > torch.finfo(torch.bfloat16).tiny, wide, balance)
+
+
+def _paired(x: torch.Tensor, pairing: RoPELayout | None) -> torch.Tensor:
+    """`x` ``[heads, head_dim]``, or its means over RoPE pairs."""
+    if pairing is RoPELayout.INTERLEAVED:
+        return x.unflatten(-1, (-1, 2)).mean(-1).repeat_interleave(2, -1)
+    if pairing is RoPELayout.HALF_SPLIT:
+        return x.unflatten(-1, (2, -1)).mean(-2).repeat(1, 2)
+    return x
+
+
+def centroid_resolution(kind: CentroidType) -> float:
+    """About what rounding to storage may change of a centroid, relative to it."""
+    return {CentroidType.BF16: 2.0**-8, CentroidType.FP8: 2.0**-5}[kind]
+
+
+def _spread(x: torch.Tensor, pairing: RoPELayout | None, codec: Codec) -> torch.Tensor:
+    """What channels are divided by first, from their standard deviation over the span, ``[heads, head_dim]`` bfloat16.
 
     Channels of a RoPE pair share the root mean square of theirs, so that balancing commutes with the rotation. A
     spread the dtype cannot resolve beside the channel's mean counts as zero, and zero becomes 1. Summed in float64:
@@ -134,14 +193,13 @@ def _spread(x: torch.Tensor, pairing: RoPELayout | None, rule: BalanceRule) -> t
     variance = sum((x[:, some] - mean[:, None]).square_().sum(1) for some in _slices(x)) / tokens
     assert isinstance(variance, torch.Tensor)
     variance = torch.where(variance > (mean * spread_resolution(x.dtype)).square(), variance, 0.0)
-    if pairing is RoPELayout.INTERLEAVED:
-        variance = variance.unflatten(-1, (-1, 2)).mean(-1).repeat_interleave(2, -1)
-    elif pairing is RoPELayout.HALF_SPLIT:
-        variance = variance.unflatten(-1, (2, -1)).mean(-2).repeat(1, 2)
-    spread = variance.sqrt()
-    if rule is BalanceRule.ROOT:
+    spread = _paired(variance, pairing).sqrt()
+    if codec.is_rebalanced or codec.balance_rule is BalanceRule.ROOT:
         middle = spread.median(-1, keepdim=True).values
-        spread = torch.maximum((spread * middle).sqrt(), spread / 2)
+        if codec.is_rebalanced:
+            spread = torch.where((middle > 0) & (spread > OUTLIER * middle), spread / (OUTLIER * middle), 1.0)
+        else:
+            spread = torch.maximum((spread * middle).sqrt(), spread / 2)
     spread = spread.to(torch.bfloat16)
     return torch.where(spread > torch.finfo(torch.bfloat16).tiny, spread, 1.0)
 

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import torch
 
-from qvg_paged.kernels import _centroids_triton, _encode_triton, _kmeans_triton
+from qvg_paged.kernels import _centroids_triton, _encode_triton, _kmeans_triton, _rebalance_triton
 from qvg_paged.kernels._encode_triton import SpanPlaces
 from qvg_paged.kernels._span_plan import group_rows
 from qvg_paged.kernels._spread_triton import write_spread
@@ -64,9 +64,24 @@ def encode_group(
     scales = torch.empty(shape[:2], dtype=torch.float32, device=device) if fp8 else None
     for stage in range(codec.stages):
         _fit(group, stage, layout, stored, scales, None if initial is None else initial[stage], given is None)
+    if codec.is_rebalanced:
+        _rebalance(group, places, stored, scales)
     if codec.stages:
         _encode_triton.write_centroids(group, places, stored, scales)
     _encode_triton.pack(group, places)
+
+
+def _rebalance(
+    group: RowGroup, places: SpanPlaces, stored: torch.Tensor, scales: torch.Tensor | None
+) -> None:
+    """Balance the rows anew by what smoothing leaves of them; their centroids are stored as that asks for."""
+    factor = _rebalance_triton.rebalance(group, places)[:, None]
+    for stage, values in enumerate(group.centroids):
+        means = values * factor
+        if scales is not None:
+            _centroids_triton.round_to_fp8(group, stage, means, stored[stage], scales[stage])
+        else:
+            values.copy_(means)
 
 
 def _fit(

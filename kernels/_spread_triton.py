@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 
 from qvg_paged.kernels._span_plan import MOMENT_TOKENS, cdiv
-from qvg_paged.kernels._span_torch import spread_resolution
+from qvg_paged.kernels._span_torch import OUTLIER, spread_resolution
 from qvg_paged.kernels._tokens_triton import COUNTS, SpanTokens, load_tile, load_tokens, rounded_to_bf16
 from qvg_paged.kernels.formats import BalanceRule
 from qvg_paged.kernels.launch import launch
 from qvg_paged.kernels.layout import PartLayout
 from qvg_paged.kernels.rope import RoPELayout
 
-__all__ = ["write_spread"]
+__all__ = ["pairings_of", "write_spread"]
 
 PAIRINGS = {None: 0, RoPELayout.INTERLEAVED: 1, RoPELayout.HALF_SPLIT: 2}
 MOMENTS = [name for name in COUNTS if name not in ("rows", "span_tokens", "num_centroids")]
@@ -72,7 +72,7 @@ def _median(x, D: tl.constexpr):
 @triton.jit(do_not_specialize=SPREAD)
 def _spread_kernel(
     inverse_ptr, buffer_ptr, books_ptr, moments_ptr, first_row, heads, span_tokens, runs, balance_offset, resolution,
-    smallest, pairings, split, D: tl.constexpr, ROOT: tl.constexpr,
+    smallest, pairings, split, D: tl.constexpr, RULE: tl.constexpr, OUTLIER: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     tensor, head = (first_row + row) // heads, (first_row + row) % heads
@@ -82,8 +82,12 @@ def _spread_kernel(
     variance = _variance(moments_ptr, row, runs, span_tokens, resolution, channel, D)
     variance = (variance + _variance(moments_ptr, row, runs, span_tokens, resolution, partner, D)) * 0.5
     spread = tl.sqrt(variance)
-    if ROOT:
+    if RULE == 1:
         spread = tl.maximum(tl.sqrt(spread * _median(spread, D)), spread * 0.5)
+    if RULE == 2:
+        middle = _median(spread, D) * OUTLIER
+        middle = tl.where(middle > 0, middle, float("inf"))
+        spread = tl.where(spread > middle, spread / middle, 1.0)
     spread = rounded_to_bf16(spread.to(tl.float32))
     spread = tl.where(spread > smallest, spread, 1.0)
     tl.store(inverse_ptr + row * D + channel, tl.div_rn(tl.full((D,), 1.0, tl.float32), spread))
@@ -115,12 +119,19 @@ def write_spread(
         tokens.token_stride, tokens.head_stride, D=dim, T=size, RUN=MOMENT_TOKENS,
         num_warps=4,
     )  # fmt: skip
-    pairings = sum(PAIRINGS[layout.pairing] << (2 * number) for number, layout in enumerate(layouts))
-    split = sum(int(layout.split_pairs) << number for number, layout in enumerate(layouts))
+    pairings, split = pairings_of(layouts)
+    codec = layouts[0].codec
     launch(
         _spread_kernel, (len(group),),
         inverse, buffer, books, moments, group.start, tokens.heads, tokens.span_tokens, runs,
         layouts[0].plane("balance").offset, spread_resolution(tokens.base.dtype), torch.finfo(torch.bfloat16).tiny,
-        pairings, split, D=dim, ROOT=layouts[0].codec.balance_rule is BalanceRule.ROOT, num_warps=4,
+        pairings, split, D=dim, RULE=2 if codec.is_rebalanced else int(codec.balance_rule is BalanceRule.ROOT),
+        OUTLIER=OUTLIER, num_warps=4,
     )  # fmt: skip
     return inverse
+
+
+def pairings_of(layouts: tuple[PartLayout, ...]) -> tuple[int, int]:
+    """Two bits per tensor that name its pairing, and one that says whether even channels are stored first."""
+    pairings = sum(PAIRINGS[layout.pairing] << (2 * number) for number, layout in enumerate(layouts))
+    return pairings, sum(int(layout.split_pairs) << number for number, layout in enumerate(layouts))

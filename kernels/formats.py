@@ -83,6 +83,10 @@ class BalanceRule(Enum):
     """Its square root, times that of the head's median spread, but never less than half the spread: large channels
     shrink and still get the smaller relative errors, so that a key's small channels, which move few scores, do not cost
     the large ones their precision; outliers of any size end at twice the median."""
+    RESIDUAL = "residual"
+    """The spread of what smoothing leaves: every channel then meets the grid at its best size, and centroids are placed
+    where the tensor itself needs them. While they are, only outliers are divided, by what brings them to four times the
+    median. Without stages as `SPREAD`."""
 
 
 class CentroidType(Enum):
@@ -104,7 +108,7 @@ class Codec:
         num_centroids: centroids per stage and head, or None for what `tokens_per_centroid` says.
         tokens_per_centroid: one centroid for so many tokens of a span, 256 at most, so that the codebook costs as much
             whatever the span; None for `default_num_centroids` of the span.
-        balanced: divide channels by a vector per head that is kept, before smoothing.
+        balanced: divide channels by a vector per head that is kept, before they are quantised.
         balance_rule: encoder's choice of that vector from the channels' spread over the span.
         scale_rule: encoder's choice of scale.
         centroid_type: storage of the centroids.
@@ -142,6 +146,11 @@ class Codec:
     def is_dense(self) -> bool:
         """Whether tokens are kept unquantised."""
         return self.grid is Grid.DENSE
+
+    @property
+    def is_rebalanced(self) -> bool:
+        """Whether the balance is chosen after smoothing."""
+        return self.balanced and self.stages > 0 and self.balance_rule is BalanceRule.RESIDUAL
 
     def fitted(self, head_dim: int) -> "Codec":
         """The same codec with blocks no longer than a head."""

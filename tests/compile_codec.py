@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qvg_paged.kernels import _decode_triton, _kmeans_triton, _span_triton
-from qvg_paged.kernels.formats import DENSE_CODEC, FORMATS, CentroidType, Codec, ScaleRule
+from qvg_paged.kernels.formats import DENSE_CODEC, FORMATS, BalanceRule, CentroidType, Codec, ScaleRule
 from qvg_paged.kernels.layout import PartLayout
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec
 
@@ -25,6 +25,7 @@ CODECS = {
     "qvg4-fp8": replace(QVG4, centroid_type=CentroidType.FP8, scale_rule=ScaleRule.LEAST_SQUARES),
     "qvg-pro": replace(FORMATS["qvg-pro-int2"].key, stages=2),
     "int4": replace(FORMATS["qvg-int4"].key, num_centroids=200),
+    "residual": replace(QVG4, centroid_type=CentroidType.FP8, balance_rule=BalanceRule.RESIDUAL),
     "dense": DENSE_CODEC,
 }
 VARIANTS = [

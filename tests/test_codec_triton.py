@@ -41,6 +41,16 @@ CASES = [  # codec, tokens per frame, frames, heads, head_dim, split
         64,
         True,
     ),
+    (
+        replace(QVG4, balance_rule=BalanceRule.RESIDUAL, centroid_type=CentroidType.FP8, tokens_per_centroid=5),
+        19,
+        2,
+        2,
+        64,
+        True,
+    ),
+    (replace(QVG4, balance_rule=BalanceRule.RESIDUAL, stages=2, num_centroids=20), 1030, 1, 1, 64, True),
+    (replace(QVG4, balance_rule=BalanceRule.RESIDUAL, stages=0), 19, 2, 2, 64, True),
     (Codec(grid=Grid.TERNARY, stages=0, block_size=32, scale_rule=ScaleRule.LEAST_SQUARES), 7, 3, 2, 64, True),
     (DENSE_CODEC, 37, 2, 2, 64, False),
 ]
@@ -103,7 +113,7 @@ def test_the_kernels_compile_for_hopper_once_per_codec() -> None:
     variants = Counter((row["kernel"], row["codec"], row["dtype"], row["head_dim"]) for row in compiled)
     assert {kernel for kernel, *_ in variants} == {
         "_moments_kernel", "_spread_kernel", "_seed_kernel", "_assign_kernel", "_sum_kernel", "sum_kernel",
-        "_mean_kernel", "_round_kernel", "_book_kernel", "_pack_kernel", "_decode_kernel", "_dense_kernel",
+        "_mean_kernel", "_left_kernel", "_rebalance_kernel", "_round_kernel", "_book_kernel", "_pack_kernel", "_decode_kernel", "_dense_kernel",
     }  # fmt: skip
     for (kernel, codec, dtype, dim), count in variants.items():
         every_stage = codec == "qvg-pro" and kernel in ("_seed_kernel", "_assign_kernel", "_sum_kernel")

@@ -1,0 +1,108 @@
+"""Triton launcher of `BalanceRule.RESIDUAL`: what smoothing leaves of every channel, as `_span_torch` defines it."""
+
+import torch
+import triton
+import triton.language as tl
+
+from qvg_paged.kernels._encode_triton import SpanPlaces
+from qvg_paged.kernels._span_plan import MOMENT_TOKENS, cdiv
+from qvg_paged.kernels._span_torch import centroid_resolution
+from qvg_paged.kernels._spread_triton import pairings_of
+from qvg_paged.kernels._tokens_triton import COUNTS, RowGroup, read_tokens, rounded_to_bf16
+from qvg_paged.kernels.launch import launch
+
+__all__ = ["rebalance"]
+
+REBALANCE = ["books_ptr", "first_row", "heads", "span_tokens", "runs", "balance_offset", "pairings", "split"]
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _left_kernel(
+    energies_ptr, x_ptr, starts_ptr, inverse_ptr, ids_ptr, centroids_ptr, first_row, rows, heads, frames, frame_tokens,
+    span_tokens, num_centroids, token_stride, head_stride, D: tl.constexpr, T: tl.constexpr, RUN: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums of squares of one run of tokens: of what is left of them after all stages, and of what was smoothed."""
+    run, row = tl.program_id(0), tl.program_id(1)
+    left = tl.zeros((T, D), tl.float64)
+    whole = tl.zeros((T, D), tl.float64)
+    for first in tl.range(run * RUN, tl.minimum((run + 1) * RUN, span_tokens), T):
+        token = first + tl.arange(0, T)
+        inside = token < span_tokens
+        x = read_tokens(
+            x_ptr, starts_ptr, inverse_ptr, ids_ptr, centroids_ptr, row, token, inside, first_row, rows, heads, frames,
+            frame_tokens, span_tokens, num_centroids, token_stride, head_stride, D, 0, True,
+        )  # fmt: skip
+        rest = read_tokens(
+            x_ptr, starts_ptr, inverse_ptr, ids_ptr, centroids_ptr, row, token, inside, first_row, rows, heads, frames,
+            frame_tokens, span_tokens, num_centroids, token_stride, head_stride, D, STAGES, True,
+        )  # fmt: skip
+        x, rest = x.to(tl.float64), rest.to(tl.float64)
+        whole += x * x
+        left += rest * rest
+    out = energies_ptr + (row * tl.num_programs(0) + run) * 2 * D + tl.arange(0, D)
+    tl.store(out, tl.sum(left, 0))
+    tl.store(out + D, tl.sum(whole, 0))
+
+
+@triton.jit
+def _mean_square(energies_ptr, row, runs, span_tokens, resolution, channel, D: tl.constexpr):
+    left = tl.zeros((D,), tl.float64)
+    whole = tl.zeros((D,), tl.float64)
+    for run in range(runs):
+        at = energies_ptr + (row * runs + run) * 2 * D + channel
+        left += tl.load(at)
+        whole += tl.load(at + D)
+    least = whole * resolution * resolution
+    return tl.where(left > 0, tl.maximum(left, least), 0.0)
+
+
+@triton.jit(do_not_specialize=REBALANCE)
+def _rebalance_kernel(
+    inverse_ptr, factor_ptr, buffer_ptr, books_ptr, energies_ptr, first_row, heads, span_tokens, runs, balance_offset,
+    resolution, smallest, pairings, split, D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    tensor, head = (first_row + row) // heads, (first_row + row) % heads
+    channel = tl.arange(0, D)
+    pairing = (pairings >> (2 * tensor)) & 3
+    partner = tl.where(pairing == 1, channel ^ 1, tl.where(pairing == 2, (channel + D // 2) % D, channel))
+    mean = _mean_square(energies_ptr, row, runs, span_tokens, resolution, channel, D)
+    mean = (mean + _mean_square(energies_ptr, row, runs, span_tokens, resolution, partner, D)) * 0.5 / span_tokens
+    stored = tl.where(((split >> tensor) & 1) == 1, channel // 2 + channel % 2 * (D // 2), channel)
+    out = (buffer_ptr + tl.load(books_ptr + tensor) + balance_offset).to(tl.pointer_type(tl.bfloat16))
+    out += head * D + stored
+    before = tl.load(out).to(tl.float32)
+    balance = rounded_to_bf16(tl.sqrt(mean).to(tl.float32) * before)
+    balance = tl.where(balance > smallest, balance, before)
+    tl.store(inverse_ptr + row * D + channel, tl.div_rn(tl.full((D,), 1.0, tl.float32), balance))
+    tl.store(factor_ptr + row * D + channel, tl.div_rn(before, balance))
+    tl.store(out, balance.to(tl.bfloat16))
+
+
+def rebalance(group: RowGroup, places: SpanPlaces) -> torch.Tensor:
+    """Write the balance that smoothing asks for into the codebooks, and its reciprocals into the group.
+
+    Returns:
+        ``[rows, head_dim]`` float32: what centroids are to be multiplied by, which the group holds as smoothing
+        found them.
+    """
+    assert group.inverse is not None
+    tokens, layout = group.tokens, places.layouts[0]
+    rows, dim, device = len(group.rows), tokens.head_dim, group.ids.device
+    runs = cdiv(tokens.span_tokens, MOMENT_TOKENS)
+    energies = torch.empty((rows, runs, 2, dim), dtype=torch.float64, device=device)
+    launch(
+        _left_kernel, (runs, rows),
+        energies, *group.arguments, D=dim, T=max(1, 2048 // dim), RUN=MOMENT_TOKENS, STAGES=layout.codec.stages,
+        num_warps=4,
+    )  # fmt: skip
+    factor = torch.empty((rows, dim), dtype=torch.float32, device=device)
+    pairings, split = pairings_of(places.layouts)
+    launch(
+        _rebalance_kernel, (rows,),
+        group.inverse, factor, places.buffer, places.books, energies, group.rows.start, tokens.heads,
+        tokens.span_tokens, runs, layout.plane("balance").offset, centroid_resolution(layout.codec.centroid_type),
+        torch.finfo(torch.bfloat16).tiny, pairings, split, D=dim, num_warps=4,
+    )  # fmt: skip
+    return factor
