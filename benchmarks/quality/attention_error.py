@@ -35,11 +35,12 @@ def attention_error(history: CodedHistory, key: SpanCodec, value: SpanCodec, giv
     """Errors of the given frames' K and V, as the watched queries of `history`'s first row (unquantised) see them."""
     tokens, span = given * history.tokens, history.span_frames * history.tokens
     mine, moment = slice(0, history.paths), history.moment(slice(0, history.paths)) if key.uses_queries else None
+    outputs = history.outputs() if value.uses_queries else None
     k, v = history.keys[:, mine, :tokens], history.values[:, mine, :tokens, :, : history.dim]
     spans = [slice(start, start + span) for start in range(0, tokens, span)]
     memories: tuple[dict[int, Memory], dict[int, Memory]] = ({}, {})
     coded_k = torch.cat([decoded(key, k[:, :, some], moment, memories[0]) for some in spans], 2)
-    coded_v = torch.cat([decoded(value, v[:, :, some], None, memories[1]) for some in spans], 2)
+    coded_v = torch.cat([decoded(value, v[:, :, some], outputs, memories[1]) for some in spans], 2)
     tables = []
     for layer in range(history.layers):
         exact, coded = (history.turned(keys[layer], slice(0, tokens)).permute(0, 2, 3, 1) for keys in (k, coded_k))

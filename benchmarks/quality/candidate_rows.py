@@ -126,6 +126,11 @@ def residual_balance() -> list[Row]:
         return pair(name, replace(first, centroids=key), replace(second, centroids=value))
 
     knee = replace(k, balance="knee4", residual="none")
+
+    def low_rank(key: int, value: int) -> Row:
+        codecs = (replace(codec, centroids=0, rank=rank) for codec, rank in ((k, key), (v, value)))
+        return pair(f"residual balance, {key} / {value} components in 2 bits, no centroids", *codecs)
+
     return [
         ours("residual balance of K, Kc=42/10", 42, 10, second=plain),
         ours("residual balance of V, Kc=42/10", 42, 10, first=knee),
@@ -137,9 +142,13 @@ def residual_balance() -> list[Row]:
         ours("residual balance, clustered by the root, Kc=42/10", 42, 10, first=replace(k, balance="knee4")),
         ours("residual balance, clustered by the spread, Kc=42/10", 42, 10, first=replace(k, balance="pair")),
         ours("residual balance, query-shaped rounding 1, Kc=25/25", 25, 25, first=replace(k, feedback=1.0)),
+        ours("residual balance, values rounded by the output projection, Kc=25/25", 25, 25, second=replace(v, feedback=1.0)),
+        ours("residual balance, both shaped, Kc=25/25", 25, 25, *(replace(c, feedback=1.0) for c in (k, v))),
         ours("residual balance, K query-weighted distances, Kc=25/25", 25, 25, first=replace(k, query_distance=True)),
         ours("residual balance, blocks of 64, Kc=17/17", 17, 17, replace(k, block=64), replace(v, block=64)),
         ours("residual balance, Kc=16/33", 16, 33),
+        low_rank(8, 8),
+        low_rank(14, 14),
         ours("residual balance, levels -4 -1 1 4, Kc=25/25", 25, 25, *(replace(c, levels="4114") for c in (k, v))),
     ]
 

@@ -40,7 +40,8 @@ class Candidate:
             first has ten.
         mean: subtract the mean first (with `rank`).
         rank: principal components kept besides the mean, in place of or beside centroids.
-        rank_bits: bits of their coefficients (absmax per token).
+        rank_bits: bits of their coefficients (absmax per token); with `residual` always two, on the grid of the
+            residual with a scale of their own per token, and mean and components are stored in eight bits.
         nearest: centroids among which the one with the least quantisation error is taken (1: the nearest).
         query_distance: distances to centroids weighted by the queries' size in each RoPE pair.
         feedback: strength of rounding that pushes a key's error out of the queries' directions (0: none).
@@ -108,9 +109,12 @@ class Candidate:
     def _code_residual(self, x: Tensor, moment: Tensor | None) -> Tensor:
         """Centroids found with one balance, stored with another: that of what they leave."""
         wide, before = x.float(), self._balance(x.float(), moment)
-        base = self._smooth((wide / before).to(x.dtype), wide.new_zeros(1), 0, before, moment, None) * before
+        if self.rank:
+            base = self._components(wide / before) * before
+        else:
+            base = self._smooth((wide / before).to(x.dtype), wide.new_zeros(1), 0, before, moment, None) * before
         balance = _spread(wide - base, self.residual == "pair").clamp_min(1e-6).bfloat16().float()
-        base = round_centroids(base / balance, CentroidType.FP8).values.float()
+        base = base / balance if self.rank else round_centroids(base / balance, CentroidType.FP8).values.float()
         residual = wide / balance - base
         grid = self._shaped(residual, balance, moment) if self.feedback else self._grid(residual)
         return (base + grid) * balance
@@ -120,6 +124,8 @@ class Candidate:
         scales = 16 if self.levels == "asym2" else 8
         length = tokens if self.axis == "token" else dim
         total = WIDTH[self.levels] + scales / min(self.block, length)
+        if self.rank and self.residual != "none":
+            return total + (2 * self.rank + 8) / dim + (8 * (self.rank + 1) + 16) / tokens
         if self.centroids:
             total += self.stages * (8 / dim + self.centroids * self.centroid_bits / tokens)
         total += 16 / tokens * ((self.residual != "none" or self.balance != "none") + (self.mean or self.rank > 0) + self.rank)
@@ -156,6 +162,16 @@ class Candidate:
         part = part / spread
         scale = (part.abs().amax(-1, keepdim=True) / top).to(torch.float8_e4m3fn).float().clamp_min(2.0**-9)
         return ((part / scale).round_().clamp_(-top, top) * scale * spread) @ basis.transpose(1, 2)
+
+    def _components(self, x: Tensor) -> Tensor:
+        """Mean and leading components, with coefficients on the four levels of the residual."""
+        mean = round_centroids(x.mean(1, keepdim=True), CentroidType.FP8).values.float()
+        basis = leading((x - mean).transpose(1, 2) @ (x - mean), self.rank)
+        part = (x - mean) @ basis
+        spread = part.square().mean(1, keepdim=True).sqrt().clamp_min(1e-8)
+        part = part / spread
+        coded = nearest(part, _searched(part, LEVELS["3113"]), LEVELS["3113"])
+        return mean + coded @ round_centroids((basis * spread).transpose(1, 2), CentroidType.FP8).values.float()
 
     def _smooth(
         self, y: Tensor, base: Tensor, stage: int, balance: Tensor, moment: Tensor | None, memory: Memory | None
@@ -237,14 +253,9 @@ class Candidate:
             codec = Codec(grid=EXACT[name], block_size=blocks.shape[-1], scale_rule=ScaleRule(self.rule))
             bytes_, _ = _blocks.quantise_blocks(blocks.contiguous(), codec)
             return table[bytes_.int()][..., None]
-        absmax = blocks.abs().amax(-1, keepdim=True)
-        best = fp8(absmax / grid[-1])
+        best = fp8(blocks.abs().amax(-1, keepdim=True) / grid[-1])
         if self.rule in {"search", "energy"}:
-            start, error = best, torch.full_like(best, torch.inf)
-            for step in range(_blocks.SEARCH_STEPS):
-                tried = fp8(start * 2.0 ** (-step / 8))
-                now = (blocks - nearest(blocks, tried, grid)).square().sum(-1, keepdim=True)
-                best, error = torch.where(now < error, tried, best), torch.minimum(now, error)
+            best = _searched(blocks, grid)
         if self.rule == "energy":
             level = nearest(blocks, best, grid)
             energy = level.square().sum(-1, keepdim=True).clamp_min(1e-20)
@@ -286,3 +297,14 @@ def _spread(x: Tensor, pairs: bool) -> Tensor:
     if pairs:
         variance = variance.unflatten(-1, (-1, 2)).mean(-1).repeat_interleave(2, -1)
     return variance.sqrt()
+
+
+def _searched(blocks: Tensor, grid: tuple[float, ...]) -> Tensor:
+    """FP8 scales ``[..., 1]`` of least squared error, among the largest magnitude's and those below it."""
+    start = fp8(blocks.abs().amax(-1, keepdim=True) / grid[-1])
+    best, error = start, torch.full_like(start, torch.inf)
+    for step in range(_blocks.SEARCH_STEPS):
+        tried = fp8(start * 2.0 ** (-step / 8))
+        now = (blocks - nearest(blocks, tried, grid)).square().sum(-1, keepdim=True)
+        best, error = torch.where(now < error, tried, best), torch.minimum(now, error)
+    return best

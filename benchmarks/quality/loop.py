@@ -95,6 +95,7 @@ class CodedHistory:
         self.moments: Tensor | None = None
         if keep or self.extra or any(cache.key.uses_queries for cache in caches):
             self.moments = torch.zeros((self.layers, batch, self.heads, self.dim, self.dim), device=device)
+        self._outputs = _output_metric(model) if keep or any(cache.value.uses_queries for cache in caches) else None
         self._generator = torch.Generator().manual_seed(0)
         self._memories: dict[tuple[int, str], dict[int, Memory]] = {}
 
@@ -136,6 +137,11 @@ class CodedHistory:
         """Second moment of the queries of some of the batch, ``[layers * batch * heads, dim, dim]``."""
         return None if self.moments is None else self.moments[:, mine].flatten(0, 2)
 
+    def outputs(self) -> Tensor | None:
+        """What follows attention sees of the values' channels, as `moment` for the values of one row."""
+        metric = self._outputs
+        return None if metric is None else metric[:, None].expand(-1, self.paths, -1, -1, -1).flatten(0, 2)
+
     def trim(self, frames: int) -> None:
         """Forget K and V of all but the first `frames` frames, and what attention read; nothing can be added then."""
         held = self._slice(0, frames)
@@ -165,7 +171,7 @@ class CodedHistory:
         some, held = self._slice(first, last), self._slice(first % self.ring, (last - 1) % self.ring + 1)
         of_key, of_value = (self._memories.setdefault((row, part), {}) for part in ("key", "value"))
         keys = decoded(cache.key, self.keys[:, mine, held], self.moment(mine), of_key)
-        values = decoded(cache.value, self.values[:, mine, some, :, : self.dim], None, of_value)
+        values = decoded(cache.value, self.values[:, mine, some, :, : self.dim], self.outputs(), of_value)
         for layer in range(self.layers):
             self.rotated[layer][mine, some, :, : self.dim] = self.turned(keys[layer], some)
         self.values[:, mine, some, :, : self.dim] = values
@@ -203,12 +209,19 @@ class CodedHistory:
         return torch.cat([q, columns], -1)
 
 
+def _output_metric(model: WorldModel) -> Tensor:
+    """``W^T W`` of the output projection's columns of every head, ``[layers, heads, dim, dim]``."""
+    weights = torch.stack([block.o.weight for block in model.blocks])  # type: ignore[union-attr]
+    columns = weights.detach().float().unflatten(-1, (-1, model.config.head_dim)).transpose(1, 2)
+    return columns.transpose(-1, -2) @ columns
+
+
 def decoded(
     codec: SpanCodec, x: Tensor, moment: Tensor | None, memories: dict[int, Memory] | None = None
 ) -> Tensor:
     """`x` ``[layers, paths, tokens, heads, dim]`` coded and decoded, every head of every layer by itself.
 
-    `memories` goes from span to span.
+    `moment` is `CodedHistory.moment` for keys, `CodedHistory.outputs` for values; `memories` goes from span to span.
     """
     layers, paths, tokens, heads, dim = x.shape
     out = torch.empty_like(x)
