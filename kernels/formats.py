@@ -204,15 +204,11 @@ def _both(name: str, codec: Codec) -> PageFormat:
     return PageFormat(name=name, key=codec, value=codec)
 
 
-def _value(grid: Grid, tokens_per_centroid: int) -> Codec:
+def _preset(grid: Grid, tokens_per_centroid: int) -> Codec:
     return Codec(
-        grid=grid, block_size=128, tokens_per_centroid=tokens_per_centroid,
-        scale_rule=ScaleRule.SEARCH, centroid_type=CentroidType.FP8,
+        grid=grid, block_size=128, tokens_per_centroid=tokens_per_centroid, balanced=True,
+        balance_rule=BalanceRule.RESIDUAL, scale_rule=ScaleRule.SEARCH, centroid_type=CentroidType.FP8,
     )  # fmt: skip
-
-
-def _key(grid: Grid, tokens_per_centroid: int) -> Codec:
-    return replace(_value(grid, tokens_per_centroid), balanced=True, balance_rule=BalanceRule.ROOT)
 
 
 DENSE = _both("dense", DENSE_CODEC)
@@ -224,9 +220,9 @@ FORMATS: dict[str, PageFormat] = {
         _both("qvg-pro-int2", QVG_PRO),
         _both("qvg-int4", replace(QVG, grid=Grid.INT4)),
         _both("qvg4-int2", replace(QVG, grid=Grid.QUATERNARY, balanced=True, scale_rule=ScaleRule.SEARCH)),
-        PageFormat(name="best-2bit", key=_key(Grid.QUATERNARY, 24), value=_value(Grid.QUATERNARY, 96)),
-        PageFormat(name="balanced", key=_key(Grid.INT4, 64), value=_value(Grid.QUATERNARY, 48)),
-        PageFormat(name="near-lossless", key=_key(Grid.INT4, 32), value=_value(Grid.INT4, 32)),
+        PageFormat(name="best-2bit", key=_preset(Grid.QUATERNARY, 27), value=_preset(Grid.QUATERNARY, 64)),
+        PageFormat(name="balanced", key=_preset(Grid.INT4, 64), value=_preset(Grid.QUATERNARY, 48)),
+        PageFormat(name="near-lossless", key=_preset(Grid.INT4, 32), value=_preset(Grid.INT4, 32)),
     )
 }
 """The known formats by name. The last three are the presets that docs/quality.md justifies: at most 2.35, 3.3 and 4.4

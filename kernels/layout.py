@@ -294,8 +294,12 @@ class PageLayout:
     @cached_property
     def is_uniform(self) -> bool:
         """Whether K and V go in the same launches: they differ in channel order and pairing at most."""
-        key, value = (replace(part, split_pairs=False, pairing=None) for part in (self.key, self.value))
-        return key == value
+        key, value = (
+            replace(part, split_pairs=False, pairing=None, codec=replace(part.codec, num_centroids=None,
+                                                                        tokens_per_centroid=None))
+            for part in (self.key, self.value)
+        )  # fmt: skip
+        return key == value  # as many centroids, whatever rule says so
 
     @property
     def page_payload_nbytes(self) -> int:

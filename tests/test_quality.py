@@ -34,7 +34,7 @@ from world_model.weights import export
 from world_streams import generate as generate_paged
 from world_streams import model_spec, return_shots
 
-from qvg_paged import FORMATS, QVG, CacheConfig, Grid, KVCacheManager
+from qvg_paged import BalanceRule, FORMATS, QVG, CacheConfig, Grid, KVCacheManager
 from qvg_paged.cli import app
 from qvg_paged.kernels.formats import Codec
 
@@ -63,10 +63,14 @@ def spanlike(heads: int = 3, tokens: int = 512) -> torch.Tensor:
         (replace(QVG, num_centroids=8), Candidate(levels="ternary", rule="absmax")),
         (
             replace(FORMATS["best-2bit"].key, num_centroids=21),
+            Candidate(balance="cap", residual="pair", block=128, centroids=21, centroid_bits=8),
+        ),
+        (
+            replace(FORMATS["best-2bit"].key, num_centroids=21, balance_rule=BalanceRule.ROOT),
             Candidate(balance="knee4", block=128, centroids=21, centroid_bits=8),
         ),
         (
-            replace(FORMATS["near-lossless"].value, num_centroids=5),
+            replace(FORMATS["near-lossless"].value, num_centroids=5, balanced=False),
             Candidate(levels="int4", block=128, centroids=5, centroid_bits=8),
         ),
     ],
