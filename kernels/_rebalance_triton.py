@@ -46,7 +46,7 @@ def _left_kernel(
 
 
 @triton.jit
-def _mean_square(energies_ptr, row, runs, span_tokens, resolution, channel, D: tl.constexpr):
+def _energy_left(energies_ptr, row, runs, resolution, channel, D: tl.constexpr):
     left = tl.zeros((D,), tl.float64)
     whole = tl.zeros((D,), tl.float64)
     for run in range(runs):
@@ -67,8 +67,8 @@ def _rebalance_kernel(
     channel = tl.arange(0, D)
     pairing = (pairings >> (2 * tensor)) & 3
     partner = tl.where(pairing == 1, channel ^ 1, tl.where(pairing == 2, (channel + D // 2) % D, channel))
-    mean = _mean_square(energies_ptr, row, runs, span_tokens, resolution, channel, D)
-    mean = (mean + _mean_square(energies_ptr, row, runs, span_tokens, resolution, partner, D)) * 0.5 / span_tokens
+    mean = _energy_left(energies_ptr, row, runs, resolution, channel, D)
+    mean = (mean + _energy_left(energies_ptr, row, runs, resolution, partner, D)) * 0.5 / span_tokens
     stored = tl.where(((split >> tensor) & 1) == 1, channel // 2 + channel % 2 * (D // 2), channel)
     out = (buffer_ptr + tl.load(books_ptr + tensor) + balance_offset).to(tl.pointer_type(tl.bfloat16))
     out += head * D + stored

@@ -87,7 +87,8 @@ def _encode_group(
         found.append(_stage(residual, layout, stage, ids[stage], initial, given is not None))
         _subtract(residual, ids[stage], found[-1].values)
     if energy is not None:
-        assert balance is not None and codebook_offset is not None
+        assert balance is not None
+        assert codebook_offset is not None
         before, balance = balance.float(), _rebalanced(residual, energy, balance, layout)
         layout.plane("balance").view(buffer, codebook_offset)[owned] = _stored(balance, layout)
         residual.copy_(x.transpose(0, 1))
@@ -168,10 +169,11 @@ def _rebalanced(
 
 def _paired(x: torch.Tensor, pairing: RoPELayout | None) -> torch.Tensor:
     """`x` ``[heads, head_dim]``, or its means over RoPE pairs."""
+    heads = len(x)
     if pairing is RoPELayout.INTERLEAVED:
-        return x.unflatten(-1, (-1, 2)).mean(-1).repeat_interleave(2, -1)
+        return x.view(heads, -1, 2).mean(-1).repeat_interleave(2, -1)
     if pairing is RoPELayout.HALF_SPLIT:
-        return x.unflatten(-1, (2, -1)).mean(-2).repeat(1, 2)
+        return x.view(heads, 2, -1).mean(-2).repeat(1, 2)
     return x
 
 

@@ -34,7 +34,7 @@ from world_model.weights import export
 from world_streams import generate as generate_paged
 from world_streams import model_spec, return_shots
 
-from qvg_paged import BalanceRule, FORMATS, QVG, CacheConfig, Grid, KVCacheManager
+from qvg_paged import FORMATS, QVG, BalanceRule, CacheConfig, Grid, KVCacheManager
 from qvg_paged.cli import app
 from qvg_paged.kernels.formats import Codec
 

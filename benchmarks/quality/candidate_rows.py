@@ -142,7 +142,7 @@ def residual_balance() -> list[Row]:
         ours("residual balance, clustered by the root, Kc=42/10", 42, 10, first=replace(k, balance="knee4")),
         ours("residual balance, clustered by the spread, Kc=42/10", 42, 10, first=replace(k, balance="pair")),
         ours("residual balance, query-shaped rounding 1, Kc=25/25", 25, 25, first=replace(k, feedback=1.0)),
-        ours("residual balance, values rounded by the output projection, Kc=25/25", 25, 25, second=replace(v, feedback=1.0)),
+        ours("residual balance, V rounded by the output projection, Kc=25/25", 25, 25, second=replace(v, feedback=1.0)),
         ours("residual balance, both shaped, Kc=25/25", 25, 25, *(replace(c, feedback=1.0) for c in (k, v))),
         ours("residual balance, K query-weighted distances, Kc=25/25", 25, 25, first=replace(k, query_distance=True)),
         ours("residual balance, blocks of 64, Kc=17/17", 17, 17, replace(k, block=64), replace(v, block=64)),

@@ -128,7 +128,8 @@ class Candidate:
             return total + (2 * self.rank + 8) / dim + (8 * (self.rank + 1) + 16) / tokens
         if self.centroids:
             total += self.stages * (8 / dim + self.centroids * self.centroid_bits / tokens)
-        total += 16 / tokens * ((self.residual != "none" or self.balance != "none") + (self.mean or self.rank > 0) + self.rank)
+        balanced = self.residual != "none" or self.balance != "none"
+        total += 16 / tokens * (balanced + (self.mean or self.rank > 0) + self.rank)
         total += (self.rank * self.rank_bits + 8) / dim if self.rank else 0
         return total + 8 * self.compensate / dim
 

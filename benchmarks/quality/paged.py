@@ -84,7 +84,8 @@ def pooled(shards: list[dict[str, Any]]) -> dict[str, Any]:
         for against in ("dense", "truth"):
             onset, paths = ([x for some in shards for x in some[name][against][key]] for key in ("onset", "paths"))
             rows[name][against] = {
-                "onset": sum(onset) / len(onset), "mean": sum(paths) / len(paths), "paths": [round(x, 3) for x in paths],
+                "onset": sum(onset) / len(onset), "mean": sum(paths) / len(paths),
+                "paths": [round(x, 3) for x in paths],
             }  # fmt: skip
     bf16, fp8 = ROWS
     window = next(name for name in rows if "window" in name)
@@ -122,7 +123,7 @@ def main() -> None:
         results = pooled(list(pool.map(shard, options)))
     for name, row in results["rows"].items():
         dense, truth = row["dense"], row["truth"]
-        print(f"{name:50s} {row['bits']:6.3f} b  {dense['onset']:6.2f} {dense['mean']:6.2f}  truth {truth['mean']:6.2f}")
+        print(f"{name:50s} {row['bits']:6.3f} b {dense['onset']:6.2f} {dense['mean']:6.2f} truth {truth['mean']:6.2f}")
     for pair in results["pairs"]:
         print(f"{pair['ours']} - {pair['theirs']}, {pair['against']}: {pair['mean']:+.2f} "
               f"[{pair['low']:+.2f}, {pair['high']:+.2f}] dB")
