@@ -4,13 +4,14 @@ from dataclasses import replace
 
 from quality.candidates import Candidate
 from quality.codecs import DenseSpan, Library
-from quality.row import Row, pair
-from qvg_paged import FORMATS, QVG
+from quality.row import Row, library, pair
+from qvg_paged import FORMATS, QVG, BalanceRule
 
 __all__ = ["beside_preset", "candidates", "limits", "residual_balance"]
 
 K = Candidate(balance="pair")
 V = Candidate()
+QVG4 = FORMATS["qvg4-int2"].key
 
 
 def candidates() -> list[Row]:
@@ -136,6 +137,8 @@ def residual_balance() -> list[Row]:
         ours("residual balance of V, Kc=42/10", 42, 10, first=knee),
         ours("residual balance, Kc=42/10", 42, 10),
         ours("residual balance, Kc=25/25", 25, 25),
+        ours("residual balance, Kc=37/16", 37, 16),
+        ours("residual balance, Kc=34/19", 34, 19),
         ours("residual balance, Kc=32/16", 32, 16),
         ours("residual balance of K, Kc=25/25", 25, 25, second=plain),
         ours("residual balance, clustered as is, Kc=42/10", 42, 10, first=replace(k, balance="none")),
@@ -147,6 +150,8 @@ def residual_balance() -> list[Row]:
         ours("residual balance, K query-weighted distances, Kc=25/25", 25, 25, first=replace(k, query_distance=True)),
         ours("residual balance, blocks of 64, Kc=17/17", 17, 17, replace(k, block=64), replace(v, block=64)),
         ours("residual balance, Kc=16/33", 16, 33),
+        library("qvg4-int2, residual balance, Kc=8", replace(QVG4, num_centroids=8, balance_rule=BalanceRule.RESIDUAL),
+                group="candidate"),
         low_rank(8, 8),
         low_rank(14, 14),
         ours("residual balance, levels -4 -1 1 4, Kc=25/25", 25, 25, *(replace(c, levels="4114") for c in (k, v))),

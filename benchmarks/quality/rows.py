@@ -18,6 +18,7 @@ OUTLIER_ROWS = (
     "QVG int2 Kc=8",
     "QVG int2 Kc=16",
     "qvg4-int2 Kc=8",
+    "residual balance, Kc=25/25",
     *(f"2 bits, {balance}, Kc=32/16" for balance in ("knee", "root", "spread")),
     "2 bits, knee, Kc=25/25",
     "2 bits, knee, V balanced, Kc=32/16",
@@ -120,7 +121,7 @@ SETS: dict[str, list[Row]] = {
 }
 SETS["outliers"] = [
     row
-    for row in (*SETS["presets"], *SETS["finalists"], *SETS["baselines"])
+    for row in (*SETS["presets"], *SETS["finalists"], *SETS["baselines"], *SETS["residual"])
     if row.name in {*PRESETS, *OUTLIER_ROWS}
 ]
 SETS["frontier"] = [*SETS["presets"], *SETS["finalists"], *SETS["baselines"], *SETS["controls"]]
