@@ -137,7 +137,7 @@ def watch(program: str, seconds: int, tool: str, run: Watched) -> dict[str, Any]
     return {
         "tool": tool, "run": run, "found": sum(found) - handed if found else None, "handed_over": handed,
         "compared": compared, "exit_status": process.returncode,
-        "held": process.returncode in ((0, FOUND) if handed else (0,)) and bool(found) and sum(found) == handed and compared > 0,
+        "held": process.returncode in ((0, FOUND) if handed else (0,)) and found == [handed] and compared > 0,
         "seconds": round(time.monotonic() - start, 1),
     }  # fmt: skip
 
