@@ -19,7 +19,17 @@ from qvg_paged.kernels.codec import EncodedSpan, decode_span, encode_span
 from qvg_paged.kernels.decode import decode_layer, decode_pages
 from qvg_paged.kernels.encode import encode_part
 from qvg_paged.kernels.errors import ArgumentError
-from qvg_paged.kernels.formats import DENSE_CODEC, QVG, BalanceRule, CentroidType, Codec, Grid, ScaleRule, get_format
+from qvg_paged.kernels.formats import (
+    DENSE_CODEC,
+    QVG,
+    BalanceRule,
+    CentroidType,
+    Codec,
+    Grid,
+    PageFormat,
+    ScaleRule,
+    get_format,
+)
 from qvg_paged.kernels.layout import GRANULE, PageLayout
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec
 from qvg_paged.kernels.span import SpanEncoding
@@ -203,8 +213,14 @@ def test_both_paths_cluster_equally_well(codec: Codec) -> None:
     assert errors[1] == pytest.approx(errors[0], rel=0.01)
 
 
-@pytest.mark.parametrize("fmt", ["qvg4-int2", "qvg-int2"])
-def test_a_layer_of_a_span_is_what_its_tensors_are_by_themselves(fmt: str) -> None:
+BEST = get_format("best-2bit")
+AS_MANY = PageFormat(
+    name="as many", key=replace(BEST.key, num_centroids=8), value=replace(BEST.value, tokens_per_centroid=10)
+)
+
+
+@pytest.mark.parametrize("fmt", ["qvg4-int2", "qvg-int2", "best-2bit", AS_MANY])
+def test_a_layer_of_a_span_is_what_its_tensors_are_by_themselves(fmt: str | PageFormat) -> None:
     """K and V in the same launches, out of the pool and into it: the bytes of `encode_part`, and no others change."""
     frames, heads, dim = 2, 2, 64
     shape = {"num_layers": 2, "tokens": 40, "heads": heads, "head_dim": dim, "dtype": torch.float16,

@@ -72,6 +72,16 @@ def test_parts_of_all_layers_follow_each_other_inside_a_page() -> None:
     assert layout.value_codebook_offset(2) + layout.value.codebook_nbytes <= layout.codebook_nbytes
 
 
+@pytest.mark.parametrize(("span_tokens", "uniform"), [(1024, False), (64 * 256, True), (37440, True)])
+def test_k_and_v_with_as_many_centroids_go_in_the_same_launches(span_tokens: int, uniform: bool) -> None:
+    layout = PageLayout.build(
+        get_format("best-2bit"), num_layers=1, tokens=64, heads=2, head_dim=128, dtype=torch.bfloat16,
+        span_tokens=span_tokens, split_pairs=True,
+    )  # fmt: skip
+    assert (layout.key.num_centroids == layout.value.num_centroids) == uniform
+    assert layout.is_uniform == uniform
+
+
 def test_payload_follows_the_formula_of_the_paper() -> None:
     for codec, bits in ((QVG, 2), (QVG_PRO, 2), (replace(QVG, grid=Grid.INT4), 4)):
         part = PartLayout(
