@@ -1,4 +1,4 @@
-"""Many seeds, each a scenario of its own, over all cores; what was done stays done.
+"""Many seeds, each a scenario of its own, over all cores; what was done stays done, and what failed is tried again.
 
     python benchmarks/stress/soak.py --seeds 20000 --events 2000 --minutes 60
     python benchmarks/stress/soak.py ...                      # goes on where it stopped
@@ -8,6 +8,7 @@ drained, and must keep every invariant. Exit status 0 only if no seed failed.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from results_file import result, write
+from results_file import commit, device_name, result, write
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from stress.checker import check_log
@@ -67,6 +68,7 @@ def _failed(seed: int, failure: Any) -> dict[str, Any]:
 
 
 def _run_batch(seeds: Sequence[int], events: int) -> list[dict[str, Any]]:
+    gc.collect()
     return [run_seed(seed, events) for seed in seeds]
 
 
@@ -92,10 +94,11 @@ def run_seeds(seeds: Sequence[int], events: int, jobs: int, deadline: float = fl
 
 
 def _quiet(folder: str) -> None:
-    """A worker finds the harness and leaves the machine to others, too."""
+    """A worker finds the harness, leaves the machine to others, too, and collects garbage between batches only."""
     if folder not in sys.path:
         sys.path.insert(0, folder)
     os.nice(5)
+    gc.disable()
 
 
 def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -104,6 +107,7 @@ def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for seed in found:
         fired.update({(row["fault"], row["phase"]): row["count"] for row in seed.get("fired", ())})
     good = [seed for seed in found if "failure" not in seed]
+    ran = Counter((str(seed.get("commit", "")), str(seed.get("on", ""))) for seed in found)
     return {
         "seeds": len(found),
         "events": sum(seed["events"] for seed in good),
@@ -111,6 +115,7 @@ def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "steps": sum(seed["steps"] for seed in good),
         "virtual_seconds": sum(seed["seconds"] for seed in good),
         "faults": sum(fired.values()),
+        "ran": [{"commit": at, "on": name, "seeds": count} for (at, name), count in sorted(ran.items())],
         "policies": dict(Counter(seed["policy"] for seed in good)),
         "failures": [seed for seed in found if "failure" in seed],
         "never_fired": missing_faults(fired),
@@ -134,13 +139,14 @@ def main() -> int:
     options.state.parent.mkdir(parents=True, exist_ok=True)
     found = _read(options.state, options.events)
     seeds = range(options.first, options.first + options.seeds)
-    todo = [seed for seed in seeds if seed not in found]
+    todo = [seed for seed in seeds if "failure" in found.get(seed, {"failure": "not run yet"})]
+    ran = {"commit": commit(), "on": device_name("cpu")}
     deadline = time.monotonic() + 60 * options.minutes
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as progress, options.state.open("a") as file:
         task = progress.add_task("seeds", total=len(seeds), completed=len(seeds) - len(todo), note="")
         for row in run_seeds(todo, options.events, options.jobs, deadline):
-            found[row["seed"]] = row
+            found[row["seed"]] = row = {**row, **ran}
             file.write(json.dumps({"least": options.events, **row}) + "\n")
             file.flush()
             if "failure" in row:
