@@ -145,8 +145,8 @@ def main() -> int:
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn()) as progress, options.state.open("a") as file:
         task = progress.add_task("seeds", total=len(seeds), completed=len(seeds) - len(todo), note="")
-        for row in run_seeds(todo, options.events, options.jobs, deadline):
-            found[row["seed"]] = row = {**row, **ran}
+        for done in run_seeds(todo, options.events, options.jobs, deadline):
+            found[done["seed"]] = row = {**done, **ran}
             file.write(json.dumps({"least": options.events, **row}) + "\n")
             file.flush()
             if "failure" in row:
