@@ -5,14 +5,14 @@
 The sum does not depend on the order of summation, every term on its position. Not cryptographic.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from qvg_paged.kernels.backend import Backend, kernel_scope, uses_triton
 from qvg_paged.kernels.errors import ArgumentError
 
-__all__ = ["digest_bytes", "digest_ranges"]
+__all__ = ["digest_bytes", "digest_ranges", "start_digests"]
 
 WORD = 8
 CHUNK_WORDS = 1 << 16
@@ -54,20 +54,28 @@ def digest_ranges(
     Raises:
         ArgumentError: a range is not aligned or does not lie inside the buffer.
     """
+    return start_digests(buffer, starts, sizes, backend=backend)()
+
+
+def start_digests(
+    buffer: torch.Tensor, starts: Sequence[int], sizes: Sequence[int], *, backend: Backend = Backend.AUTO
+) -> Callable[[], list[int]]:
+    """`digest_ranges`, launched on the current stream; the host waits when it calls what is returned."""
     for start, size in zip(starts, sizes, strict=True):
         if start % WORD or size % WORD or not 0 <= start <= start + size <= buffer.numel():
             raise ArgumentError(
                 f"starts, sizes: expected multiples of {WORD} inside {buffer.numel()} bytes, got {start} + {size}"
             )
     if not starts:
-        return []
+        return list
     if not uses_triton(backend, buffer.device):
-        return [int(_digest(buffer, start, size).item()) % 2**64 for start, size in zip(starts, sizes, strict=True)]
+        done = [int(_digest(buffer, start, size).item()) % 2**64 for start, size in zip(starts, sizes, strict=True)]
+        return lambda: done
     from qvg_paged.kernels import _digest_triton  # noqa: PLC0415 - triton is only loaded where it is used
 
     with kernel_scope(buffer.device):
         found = _digest_triton.digest_ranges(buffer, starts, sizes)
-    return [value % 2**64 for value in found.tolist()]
+    return lambda: [value % 2**64 for value in found.tolist()]
 
 
 def _digest(buffer: torch.Tensor, start: int, nbytes: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from qvg_paged.events import CacheEvent, EventKind, fault_point
 from qvg_paged.fence import Fence
 from qvg_paged.host import Extent
 from qvg_paged.image import Image
-from qvg_paged.kernels.digest import digest_ranges
+from qvg_paged.kernels.digest import digest_ranges, start_digests
 from qvg_paged.kernels.layout import GRANULE
 from qvg_paged.page import Page
 from qvg_paged.pool import Slot
@@ -91,8 +91,8 @@ def park_stream(manager: "KVCacheManager", stream: "Stream", tier: Tier | None) 
     manager.encoder.order_after()
     image, slots = Image.of(stream.committed, stream.timeline, stream.pages)
     starts = [slot.id * GRANULE for slot in slots]
-    image = image.with_digests(digest_ranges(manager.store.pool.buffer, starts, image.sizes))
-    parked = _store(manager, stream, image, Runs(slots), tier)
+    digests = start_digests(manager.store.pool.buffer, starts, image.sizes)
+    parked = _store(manager, stream, image, digests, Runs(slots), tier)
     try:
         fault_point("park.publish")
     except BaseException:
@@ -104,11 +104,19 @@ def park_stream(manager: "KVCacheManager", stream: "Stream", tier: Tier | None) 
     return parked.tier
 
 
-def _store(manager: "KVCacheManager", stream: "Stream", image: Image, runs: Runs, tier: Tier | None) -> Parked:
-    """The image's bytes on the tier wanted, or on the first that has room."""
+def _store(
+    manager: "KVCacheManager",
+    stream: "Stream",
+    image: Image,
+    digests: Callable[[], list[int]],
+    runs: Runs,
+    tier: Tier | None,
+) -> Parked:
+    """The image's bytes on the tier wanted, or on the first that has room; copies to the host follow its digests."""
     if tier is not Tier.DISK:
         try:
-            return Parked(image, host=_to_host(manager, runs))
+            host = _to_host(manager, runs)
+            return Parked(image.with_digests(digests()), host=host)
         except OutOfMemoryError:
             if tier is Tier.HOST or manager.disk is None:
                 raise
@@ -117,6 +125,7 @@ def _store(manager: "KVCacheManager", stream: "Stream", image: Image, runs: Runs
         manager.mover.out(runs, start, piece)
         manager.mover.fence().wait()
 
+    image = image.with_digests(digests())
     return Parked(image, disk=_to_disk(manager, stream, image, read))
 
 
