@@ -8,7 +8,7 @@ from qvg_paged.scheduler.decision import Decision, Reason
 from qvg_paged.scheduler.line import ByKey, Group, Order, Ranking, Waiting
 from qvg_paged.scheduler.relief import relieve_pool
 from qvg_paged.scheduler.request import StreamState
-from qvg_paged.scheduler.state import BEHIND, QUOTA, Entry, Rules, State
+from qvg_paged.scheduler.state import BEHIND, QUOTA, Entry, State
 from qvg_paged.timeline import Demand
 
 __all__ = ["admit"]
@@ -32,10 +32,11 @@ def admit(books: Books, advice: Advice) -> tuple[list[Decision], list[Decision],
     group = BEHIND
     first: Entry | None = None
     gate: Entry | None = None  # stops newcomers, but not the parked ones that it waits for
+    queued, parked, overtakes = state.queued, state.parked, rules.config.overtakes
     for _, stream_id in order.walk(barred.keys()):
-        if first is not None and (first.overtaken >= rules.config.overtakes or books.is_full):
+        if first is not None and (first.overtaken >= overtakes or books.is_full):
             break
-        entry = state.queued.get(stream_id) or state.parked[stream_id]
+        entry = queued.get(stream_id) or parked[stream_id]
         if gate is not None and entry.state is StreamState.QUEUED:
             continue
         ready = rules.need(entry, False) if entry.backed and not _is_backed(books, entry) else entry
@@ -145,24 +146,16 @@ def _rights(books: Books, entry: Entry) -> tuple[Reason, str] | None:
 
 
 def _room(books: Books, entry: Entry) -> tuple[Reason, str] | None:
-    rules, state = books.rules, books.state
+    state = books.state
     if books.is_full:
         return Reason.NO_SLOT, f"{len(state.running)} streams run, as many as may"
-    if entry.need in books.misfits or not books.fits(entry):
-        books.misfits.add(entry.need)
-        return Reason.NO_MEMORY, (
-            f"needs {entry.need_nbytes} bytes of the pool {_horizon(rules, entry)}; {books.nbytes} of {books.limit} "
-            f"bytes are promised to {len(state.running)} running streams"
-        )
+    if books.is_misfit(entry) or not books.fits(entry):
+        return books.shortage(entry)
     if books.has_floors and not _leaves_floors(books, entry):
         return Reason.FLOOR, f"needs {entry.need_nbytes} bytes; what is free is promised to other tenants' floors"
     if entry.state is StreamState.QUEUED and not _is_safe(books, entry) and _is_anybody_due(books):
         return Reason.NO_HOST_MEMORY, f"may hold {entry.worst_nbytes} bytes, for which the host has no room left"
     return None
-
-
-def _horizon(rules: Rules, entry: Entry) -> str:
-    return "at its worst" if rules.parking is None or not entry.backed else "for its next chunk"
 
 
 def _leaves_floors(books: Books, entry: Entry) -> bool:
@@ -184,13 +177,7 @@ def _is_backed(books: Books, entry: Entry) -> bool:
     """Whether the host has room for the stream at its worst, beside all that may be parked already."""
     if entry.state is StreamState.PARKED:
         return True
-    claimed = sum(
-        other.worst_nbytes
-        for group in (books.state.running, books.state.parked)
-        for other in group.values()
-        if other.backed
-    )
-    return claimed + entry.worst_nbytes <= (books.rules.parking.host_nbytes if books.rules.parking else 0)
+    return books.backing + entry.worst_nbytes <= (books.rules.parking.host_nbytes if books.rules.parking else 0)
 
 
 def _is_safe(books: Books, entry: Entry) -> bool:
@@ -260,7 +247,7 @@ def _start(books: Books, entry: Entry) -> Decision:
     resumed = entry.state is StreamState.PARKED
     books.add(entry)
     text = (
-        f"{entry.need_nbytes} bytes {_horizon(books.rules, entry)} fit: {books.nbytes} of {books.limit} bytes are "
+        f"{entry.need_nbytes} bytes {books.horizon(entry)} fit: {books.nbytes} of {books.limit} bytes are "
         f"promised to {len(state.running) + 1} streams"
     )
     decision = Decision(entry.id, Reason.RESUMED if resumed else Reason.ADMITTED, text)

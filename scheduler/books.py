@@ -51,7 +51,6 @@ class Books:
         demoted, shrunk: decisions about streams that were squeezed in this step, by id.
         parked: decisions about streams that were parked in this step.
         news: waiting streams about which something else was decided than before.
-        misfits: what did not fit beside what is promised, and less so beside more.
         exchanges: streams for which the policy had others parked in this step.
 
     Args:
@@ -72,10 +71,13 @@ class Books:
         self.shrunk: dict[str, Decision] = {}
         self.parked: list[Decision] = []
         self.news: list[str] = []
-        self.misfits: set[Demand] = set()
+        self._misfits: dict[int, Demand] = {}
+        self._shortages: dict[tuple[int, bool], tuple[Reason, str]] = {}
+        self._backing: int | None = None
         self.exchanges = 0
         self._view: Moment | None = None
         self._lasting = lasting
+        self._slots = rules.config.max_running
         specs = [tenant.spec for tenant in state.tenants.values()]
         self.has_floors = any(spec.floor_nbytes for spec in specs)
         self.has_ceilings = any(spec.ceiling_nbytes is not None for spec in specs)
@@ -96,7 +98,7 @@ class Books:
     @property
     def is_full(self) -> bool:
         """Whether as many streams run as may."""
-        slots = self.rules.config.max_running
+        slots = self._slots
         return slots is not None and len(self.state.running) >= slots
 
     def held(self, tenant: str) -> int:
@@ -120,17 +122,54 @@ class Books:
             return self.rules.cache.can_host(demands)
         return self.rules.cache.can_host(demands, room)
 
+    def is_misfit(self, entry: Entry) -> bool:
+        """Whether what the entry needs has not fit beside what was promised then, and so does not beside more.
+
+        By identity: streams of one kind share what they need.
+        """
+        return id(entry.need) in self._misfits
+
+    def shortage(self, entry: Entry) -> tuple[Reason, str]:
+        """That an entry does not fit; said once for all that need as much."""
+        self._misfits[id(entry.need)] = entry.need
+        found = self._shortages.get((entry.need_nbytes, entry.backed))
+        if found is None:
+            text = (
+                f"needs {entry.need_nbytes} bytes of the pool {self.horizon(entry)}; {self.nbytes} of {self.limit} "
+                f"bytes are promised to {len(self.state.running)} running streams"
+            )
+            found = self._shortages[entry.need_nbytes, entry.backed] = Reason.NO_MEMORY, text
+        return found
+
+    def horizon(self, entry: Entry) -> str:
+        """How far ahead memory is promised to an entry."""
+        return "at its worst" if self.rules.parking is None or not entry.backed else "for its next chunk"
+
+    @property
+    def backing(self) -> int:
+        """Bytes on the host that are set aside for those who run or are parked."""
+        if self._backing is None:
+            groups = (self.state.running, self.state.parked)
+            self._backing = sum([other.worst_nbytes for group in groups for other in group.values() if other.backed])
+        return self._backing
+
+    def _changed(self) -> None:
+        """What was seen and said of what is promised holds no more."""
+        self._view = None
+        self._shortages.clear()
+        self._backing = None
+
     def add(self, entry: Entry) -> None:
         """Promise an entry what it needs next."""
-        self._view = None
+        self._changed()
         self.demand += entry.need
         self.nbytes += entry.need_nbytes
         self.by_tenant[entry.tenant] = self.held(entry.tenant) + entry.need_nbytes
 
     def lower(self, entry: Entry, relief: Relief) -> None:
         """Store a running stream more cheaply: `entry` is what it is from now on."""
-        self._view = None
-        self.misfits.clear()
+        self._changed()
+        self._misfits.clear()
         old = self.state.running[entry.id]
         self.demand = self.demand - old.need + entry.need
         self.nbytes += entry.need_nbytes - old.need_nbytes
@@ -142,8 +181,8 @@ class Books:
 
     def park(self, entry: Entry, reason: Reason, text: str) -> None:
         """Move a running stream to the line."""
-        self._view = None
-        self.misfits.clear()
+        self._changed()
+        self._misfits.clear()
         self.demand -= entry.need
         self.nbytes -= entry.need_nbytes
         self.by_tenant[entry.tenant] -= entry.need_nbytes

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from qvg_paged.errors import StateError
 from qvg_paged.scheduler.line import Turns
-from qvg_paged.scheduler.policy import FCFS, ID, FairShare, KeyedPolicy, Policy
+from qvg_paged.scheduler.policy import FCFS, FairShare, KeyedPolicy, Policy
 from qvg_paged.scheduler.view import StreamView, SystemView
 
 __all__ = ["Answer", "InPlace", "OutsideLock", "PolicyGuard", "Recorded", "Runner", "Worker"]
@@ -215,7 +215,7 @@ class PolicyGuard:
 
     def rank(self, view: SystemView) -> Sequence[str]:
         """Ids of all waiting streams, best first."""
-        known = set(map(ID, view.waiting))
+        known = view.waiting_ids
         return self._ask("rank", lambda: self._policy.rank(view), known, len(known), partial(self._default.rank, view))
 
     def park(self, view: SystemView, stream: StreamView | None) -> Sequence[str]:

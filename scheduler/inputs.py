@@ -99,8 +99,7 @@ def _submit(rules: Rules, state: State, request: StreamRequest) -> Decision:
     if old is not None and request.id not in state.done and not old.decision.reason.is_refusal:
         raise ArgumentError(f"id: expected one that is not in use, got {request.id!r}, {old.state.value}")
     cache = rules.cache
-    worst = cache.demand(request.window, request.frames) * request.branches
-    nbytes = cache.demand_nbytes(worst)
+    worst, nbytes = rules.worst(request.window, request.frames, request.branches)
     text = f"in line; needs {nbytes} bytes of the pool at its worst, {cache.pool_nbytes} bytes in all"
     decision = Decision(request.id, Reason.QUEUED, text)
     state.leaving.pop(request.id, None)

@@ -92,13 +92,19 @@ class ByKey:
             heap = [(turns[tenant][0], line[0][1], tenant, 0) for tenant, line in self._lines.items()]
         heapify(heap)
         while heap:
-            *_, tenant, index = heap[0]
-            line = self._lines[tenant]
-            if tenant in barred or index + 1 == len(line):
+            _, since, tenant, index = heap[0]
+            line, after = self._lines[tenant], index + 1
+            if tenant in barred:
                 heappop(heap)
+                continue
+            if after == len(line):
+                heappop(heap)
+            elif turns is None:
+                heapreplace(heap, (*line[after][:2], tenant, after))
             else:
-                heapreplace(heap, (*self.turn(tenant, index + 1), tenant, index + 1))
-            if tenant not in barred and line[index][2] not in done:
+                start, width = turns[tenant]
+                heapreplace(heap, (start + width * after, since, tenant, after))
+            if line[index][2] not in done:
                 yield tenant, line[index][2]
 
 

@@ -20,6 +20,7 @@ from qvg_paged.scheduler.state import State
 __all__ = ["VERSION", "DecisionLog", "describe_input", "describe_plan"]
 
 VERSION = 1
+ENCODE = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
 class DecisionLog:
@@ -36,7 +37,7 @@ class DecisionLog:
 
     def append(self, record: dict[str, Any]) -> None:
         """Write a record."""
-        line = json.dumps({"v": VERSION, "seq": self.lines, **record}, sort_keys=True, separators=(",", ":"))
+        line = ENCODE({"v": VERSION, "seq": self.lines, **record})
         self.lines += 1
         self._hash.update(line.encode() + b"\n")
         if self._sink is not None:

@@ -1,6 +1,6 @@
 """Snapshots for policies, made from the state; what nobody looks at is not made, and of a stream only once."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from operator import attrgetter
 from typing import Any, overload
@@ -27,11 +27,17 @@ class _Views(Sequence[StreamView]):
     """Views of waiting streams by arrival."""
 
     def __init__(self, state: State) -> None:
-        self._queued, self._parked = tuple(state.queued.values()), tuple(state.parked.values())
+        self._queued, self._parked = state.queued.copy(), state.parked.copy()
+
+    @property
+    def ids(self) -> Set[str]:
+        """Their names."""
+        return self._queued.keys() | self._parked.keys() if self._parked else self._queued.keys()
 
     @cached_property
     def _entries(self) -> tuple[Entry, ...]:
-        return tuple(sorted(self._queued + self._parked, key=ARRIVAL)) if self._parked else self._queued
+        entries = tuple(self._queued.values())
+        return tuple(sorted((*entries, *self._parked.values()), key=ARRIVAL)) if self._parked else entries
 
     def __len__(self) -> int:
         return len(self._queued) + len(self._parked)
@@ -148,6 +154,12 @@ class Moment(SystemView):
             for name in _PARTS:
                 getattr(view, name)
         return view
+
+    @property
+    def waiting_ids(self) -> Set[str]:
+        """Ids of `waiting`."""
+        ids: Set[str] = self.waiting.ids  # type: ignore[attr-defined]
+        return ids
 
     def __getattr__(self, name: str) -> Any:
         made = self.__dict__[name] = _PARTS[name](self) if name in _PARTS else super().__getattribute__(name)

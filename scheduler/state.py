@@ -18,7 +18,7 @@ from qvg_paged.scheduler.decision import Decision, Reason
 from qvg_paged.scheduler.line import Group, Spot
 from qvg_paged.scheduler.request import StreamRequest, StreamState
 from qvg_paged.scheduler.tenant import Tenant
-from qvg_paged.scheduler.view import StreamView
+from qvg_paged.scheduler.view import StreamView, drafted
 from qvg_paged.timeline import Demand
 
 __all__ = ["BEHIND", "QUOTA", "Entry", "Rules", "State", "total"]
@@ -53,6 +53,7 @@ class Entry:
         progressed: step at which it last finished a chunk or began to run.
         squeeze: how far it was squeezed, or None.
         key: its place in its tenant's line, before arrival.
+        id, tenant: its name and who pays, as in the request, but found at once.
     """
 
     request: StreamRequest
@@ -78,16 +79,11 @@ class Entry:
     progressed: int = 0
     squeeze: Squeeze | None = None
     key: float = 0.0
+    id: str = field(init=False, repr=False, compare=False)
+    tenant: str = field(init=False, repr=False, compare=False)
 
-    @property
-    def id(self) -> str:
-        """Its name."""
-        return self.request.id
-
-    @property
-    def tenant(self) -> str:
-        """Who pays."""
-        return self.request.tenant
+    def __post_init__(self) -> None:
+        self.__dict__.update(id=self.request.id, tenant=self.request.tenant)
 
     @property
     def view(self) -> StreamView:
@@ -95,19 +91,20 @@ class Entry:
         found: StreamView | None = self.__dict__.get("_view")
         if found is not None:
             return found
-        self.__dict__["_view"] = view = object.__new__(StreamView)  # without the price of a frozen dataclass's fields
-        view.__dict__.update(
-            request=self.shown,
-            state=self.state,
-            arrival=self.arrival,
-            nbytes=self.need_nbytes,
-            worst_nbytes=self.worst_nbytes,
-            committed=self.committed,
-            since=self.since,
-            first_chunk=self.first_chunk,
-            parks=self.parks,
-            priority=self.priority,
-            deadline_fps=self.deadline_fps,
+        self.__dict__["_view"] = view = drafted(
+            self.shown,
+            self.state,
+            self.arrival,
+            self.need_nbytes,
+            self.worst_nbytes,
+            self.committed,
+            self.since,
+            self.first_chunk,
+            self.parks,
+            self.priority,
+            self.deadline_fps,
+            self.id,
+            self.tenant,
         )
         return view
 
@@ -178,6 +175,17 @@ class Rules:
             squeeze = changes.get("squeeze", entry.squeeze)
             demand, nbytes = self._for_chunk(request.window, committed, frames, squeeze, request.branches)
         return entry.but(need=demand, need_nbytes=nbytes, backed=backed, committed=committed, **changes)
+
+    @cached_property
+    def worst(self) -> Callable[[Window, int, int], tuple[Demand, int]]:
+        """Pool objects and bytes of a stream of that window, frames and branches at its worst; remembered."""
+        cache = self.cache
+
+        def reckon(window: Window, frames: int, branches: int) -> tuple[Demand, int]:
+            demand = cache.demand(window, frames) * branches
+            return demand, cache.demand_nbytes(demand)
+
+        return lru_cache(REMEMBERED)(reckon)
 
     @cached_property
     def _for_chunk(self) -> Callable[[Window, int, int, Squeeze | None, int], tuple[Demand, int]]:

@@ -37,7 +37,8 @@ def check_line(ledger: Ledger, plan: dict[str, Any]) -> None:
     """Reasons are true, and nobody waits while there is room."""
     line = ledger.within("queued", "parked")
     for name, reason in plan["waiting"]:
-        ledger.expect("transitions", name in line, f"{name!r} is told to wait as {reason!r} and is not in line")
+        if name not in line:
+            ledger.expect("transitions", False, f"{name!r} is told to wait as {reason!r} and is not in line")
         ledger.streams[name].reason = reason
     reasons: dict[str, list[str]] = defaultdict(list)
     for name, stream in line.items():
@@ -60,12 +61,12 @@ def check_line(ledger: Ledger, plan: dict[str, Any]) -> None:
 def _check_reasons(ledger: Ledger, reasons: dict[str, list[str]], promised: int) -> None:
     config = ledger.open["config"]
     pool = ledger.open["pool_nbytes"] if ledger.limit is None else ledger.limit
-    for name in reasons["no memory"]:
-        fits = promised + ledger.streams[name].worst <= 0.8 * (pool - ledger.reserve) * (1 - config["headroom"])
-        ledger.expect("work conservation", not fits, f"{name!r} waits for memory, of which there is enough")
-    for name in reasons["no slot"]:
-        full = len(ledger.planned) >= (config["max_running"] or 0) > 0
-        ledger.expect("work conservation", full, f"{name!r} waits for a slot, of which there are enough")
+    streams, free = ledger.streams, 0.8 * (pool - ledger.reserve) * (1 - config["headroom"])
+    for name in [name for name in reasons["no memory"] if promised + streams[name].worst <= free]:
+        ledger.expect("work conservation", False, f"{name!r} waits for memory, of which there is enough")
+    full = len(ledger.planned) >= (config["max_running"] or 0) > 0
+    for name in reasons["no slot"] if not full else ():
+        ledger.expect("work conservation", False, f"{name!r} waits for a slot, of which there are enough")
     for name in reasons["quota"]:
         ceiling = ledger.tenants[ledger.streams[name].tenant].ceiling
         ledger.expect("reasons", ceiling is not None, f"{name!r} waits for a quota that its tenant does not have")
