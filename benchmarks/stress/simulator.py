@@ -6,6 +6,7 @@ use, the time). A run has two phases: with faults while streams arrive, then wit
 """
 
 import heapq
+import math
 import time
 from collections import deque
 from dataclasses import replace
@@ -239,7 +240,7 @@ class Simulator:
             self.open[decision.stream_id] = self.scheduler.committed(decision.stream_id)
         moved += [self.cache.demand_nbytes(self._demand(decision.stream_id)) for decision in plan.resumed]
         self.moved_nbytes += sum(moved)
-        return sum(map(costs.move, moved))
+        return math.fsum(map(costs.move, moved))  # `sum` rounds otherwise from Python 3.12 on
 
     def _wait(self) -> None:
         """Nothing runs: until the next arrival, but not for ever."""
