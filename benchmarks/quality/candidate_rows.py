@@ -128,9 +128,10 @@ def residual_balance() -> list[Row]:
 
     knee = replace(k, balance="knee4", residual="none")
 
-    def low_rank(key: int, value: int) -> Row:
-        codecs = (replace(codec, centroids=0, rank=rank) for codec, rank in ((k, key), (v, value)))
-        return pair(f"residual balance, {key} / {value} components in 2 bits, no centroids", *codecs)
+    def low_rank(rank: int, feedback: float = 0.0) -> Row:
+        codecs = (replace(codec, centroids=0, rank=rank, feedback=feedback) for codec in (k, v))
+        shaped = ", both shaped" if feedback else ""
+        return pair(f"residual balance, {rank} / {rank} components in 2 bits, no centroids{shaped}", *codecs)
 
     return [
         ours("residual balance of K, Kc=42/10", 42, 10, second=plain),
@@ -152,8 +153,10 @@ def residual_balance() -> list[Row]:
         ours("residual balance, Kc=16/33", 16, 33),
         library("qvg4-int2, residual balance, Kc=8", replace(QVG4, num_centroids=8, balance_rule=BalanceRule.RESIDUAL),
                 group="candidate"),
-        low_rank(8, 8),
-        low_rank(14, 14),
+        low_rank(8),
+        low_rank(14),
+        low_rank(8, 1.0),
+        low_rank(14, 1.0),
         ours("residual balance, levels -4 -1 1 4, Kc=25/25", 25, 25, *(replace(c, levels="4114") for c in (k, v))),
     ]
 
