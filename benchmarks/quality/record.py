@@ -30,7 +30,7 @@ OUTLIERS = ("9x", "150x", "13x")
 
 
 def plan(first: FrontierOptions, also: Path | None) -> list[FrontierOptions]:
-    """Presets and rivals, then finalists, baselines, outlier channels and, on half of the paths, every candidate."""
+    """Presets and rivals, then finalists, baselines, outlier channels and, on half of the paths, limits and candidates."""
     sets = [
         replace(first, rows=("presets", *RIVALS)),
         replace(first, rows=("finalists",)),
@@ -38,7 +38,7 @@ def plan(first: FrontierOptions, also: Path | None) -> list[FrontierOptions]:
         replace(first, variants=OUTLIERS, rows_at_once=2 * first.rows_at_once),
         *(
             replace(first, rows=(name,), first=first.paths // 2, rows_at_once=2 * first.rows_at_once)
-            for name in ("beside", "candidates")
+            for name in ("residual", "limits", "beside", "candidates")
         ),
     ]
     models = [*first.weights, *([also] if also else [])]
