@@ -30,7 +30,7 @@ OUTLIERS = ("9x", "150x", "13x")
 
 
 def plan(first: FrontierOptions, also: Path | None) -> list[FrontierOptions]:
-    """Presets and rivals, then finalists, baselines, outlier channels and, on half of the paths, limits and candidates."""
+    """Presets and rivals, finalists, baselines, outlier channels; on half of the paths, limits and candidates."""
     sets = [
         replace(first, rows=("presets", *RIVALS)),
         replace(first, rows=("finalists",)),
