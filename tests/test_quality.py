@@ -207,6 +207,31 @@ def test_a_warm_start_goes_on_from_the_centroids_of_the_span_before() -> None:
     assert lost[1] == pytest.approx(lost[0], rel=0.02)
 
 
+def test_components_read_better_than_centroids_what_lies_near_a_plane() -> None:
+    plane = torch.randn(2, 512, 6) @ torch.randn(2, 6, 128)
+    x = plane + 0.3 * torch.randn(2, 512, 128)
+    base = Candidate(residual="channel", block=128, centroid_bits=8)
+    centroids, components = replace(base, centroids=8), replace(base, centroids=0, rank=8)
+    lost = [(codec.code(x) - x).square().mean().item() for codec in (centroids, components)]
+    assert lost[1] < 0.5 * lost[0]
+    assert components.bits(37440, 128) == pytest.approx(2 + 8 / 128 + (16 + 8) / 128 + (9 * 8 + 16) / 37440)
+
+
+def test_rounding_by_the_output_projection_costs_values_and_spares_what_follows(model: WorldModel) -> None:
+    weight = model.blocks[1].o.weight[:, :128]  # type: ignore[union-attr,index]
+    metric = CodedHistory(model, [Cache()], 1, 8, 4, keep=True).outputs()
+    assert metric is not None
+    assert torch.allclose(metric[1], weight.T @ weight, atol=1e-4)
+    few = torch.randn(1, 128, 8)
+    metric, values = few @ few.transpose(1, 2), torch.randn(1, 256, 128)
+    plain = Candidate(residual="channel", block=128, centroid_bits=8)
+    errors = [codec.code(values, metric) - values for codec in (plain, replace(plain, feedback=4.0))]
+    lost = [error.square().mean().item() for error in errors]
+    seen = [((error @ metric) * error).mean().item() for error in errors]
+    assert lost[1] > lost[0]
+    assert seen[1] < 0.5 * seen[0]
+
+
 def test_integer_centroids_cost_what_fp8_ones_cost_and_read_as_well() -> None:
     x = spanlike()
     fp8, integers = (Candidate(centroids=8, centroid_bits=8, centroid_integers=whole) for whole in (False, True))

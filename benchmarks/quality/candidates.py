@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from quality.codecs import Memory, asymmetric, hadamard
-from quality.grids import EXACT, LEVELS, WIDTH, fp8, leading, nearest, pair_size
+from quality.components import components, low_rank
+from quality.grids import EXACT, LEVELS, WIDTH, fp8, leading, nearest, pair_size, searched, spread_of
 from qvg_paged.kernels import _blocks
 from qvg_paged.kernels.backend import Backend, uses_triton
 from qvg_paged.kernels.codec import decode_span, encode_span
@@ -95,7 +96,7 @@ class Candidate:
         if self.mean or self.rank:
             base = base + y.float().mean(1, keepdim=True).bfloat16().float()
         if self.rank:
-            base = base + self._low_rank(y.float() - base)
+            base = base + low_rank(y.float() - base, self.rank, self.rank_bits)
         for stage in range(self.stages if self.centroids else 0):
             base = base + self._smooth(y, base, stage, balance, moment, memory)
         residual = (y.float() - base).to(x.dtype).float()
@@ -110,10 +111,10 @@ class Candidate:
         """Centroids found with one balance, stored with another: that of what they leave."""
         wide, before = x.float(), self._balance(x.float(), moment)
         if self.rank:
-            base = self._components(wide / before) * before
+            base = components(wide / before, self.rank) * before
         else:
             base = self._smooth((wide / before).to(x.dtype), wide.new_zeros(1), 0, before, moment, None) * before
-        balance = _spread(wide - base, self.residual == "pair").clamp_min(1e-6).bfloat16().float()
+        balance = spread_of(wide - base, self.residual == "pair").clamp_min(1e-6).bfloat16().float()
         base = base / balance if self.rank else round_centroids(base / balance, CentroidType.FP8).values.float()
         residual = wide / balance - base
         grid = self._shaped(residual, balance, moment) if self.feedback else self._grid(residual)
@@ -139,7 +140,7 @@ class Candidate:
         if self.balance == "head":
             spread = x.var(1, keepdim=True, correction=0).mean(-1, keepdim=True).sqrt()
         else:
-            spread = _spread(x, self.balance != "channel")
+            spread = spread_of(x, self.balance != "channel")
         if self.balance == "query":
             assert moment is not None
             spread = (spread / pair_size(moment)).sqrt()
@@ -153,26 +154,6 @@ class Candidate:
             middle = spread.median(-1, keepdim=True).values
             spread = torch.maximum((spread * middle).sqrt(), spread / float(self.balance[4:]) ** 0.5)
         return spread.clamp_min(1e-6).bfloat16().float()
-
-    def _low_rank(self, x: Tensor) -> Tensor:
-        basis = leading(x.transpose(1, 2) @ x, self.rank).bfloat16().float()
-        part = x @ basis
-        top = (1 << (self.rank_bits - 1)) - 1
-        # one FP8 scale per token for coefficients that are brought to a like size by their spread
-        spread = part.square().mean(1, keepdim=True).sqrt().clamp_min(1e-8).bfloat16().float()
-        part = part / spread
-        scale = (part.abs().amax(-1, keepdim=True) / top).to(torch.float8_e4m3fn).float().clamp_min(2.0**-9)
-        return ((part / scale).round_().clamp_(-top, top) * scale * spread) @ basis.transpose(1, 2)
-
-    def _components(self, x: Tensor) -> Tensor:
-        """Mean and leading components, with coefficients on the four levels of the residual."""
-        mean = round_centroids(x.mean(1, keepdim=True), CentroidType.FP8).values.float()
-        basis = leading((x - mean).transpose(1, 2) @ (x - mean), self.rank)
-        part = (x - mean) @ basis
-        spread = part.square().mean(1, keepdim=True).sqrt().clamp_min(1e-8)
-        part = part / spread
-        coded = nearest(part, _searched(part, LEVELS["3113"]), LEVELS["3113"])
-        return mean + coded @ round_centroids((basis * spread).transpose(1, 2), CentroidType.FP8).values.float()
 
     def _smooth(
         self, y: Tensor, base: Tensor, stage: int, balance: Tensor, moment: Tensor | None, memory: Memory | None
@@ -256,7 +237,7 @@ class Candidate:
             return table[bytes_.int()][..., None]
         best = fp8(blocks.abs().amax(-1, keepdim=True) / grid[-1])
         if self.rule in {"search", "energy"}:
-            best = _searched(blocks, grid)
+            best = searched(blocks, grid)
         if self.rule == "energy":
             level = nearest(blocks, best, grid)
             energy = level.square().sum(-1, keepdim=True).clamp_min(1e-20)
@@ -290,22 +271,3 @@ class Candidate:
         part = error @ basis
         scale = part.abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
         return ((part / scale).round_() * scale) @ basis.transpose(1, 2)
-
-
-def _spread(x: Tensor, pairs: bool) -> Tensor:
-    """Standard deviation of channels, or of RoPE pairs of them, over the tokens of ``[heads, tokens, dim]``."""
-    variance = x.var(1, keepdim=True, correction=0)
-    if pairs:
-        variance = variance.unflatten(-1, (-1, 2)).mean(-1).repeat_interleave(2, -1)
-    return variance.sqrt()
-
-
-def _searched(blocks: Tensor, grid: tuple[float, ...]) -> Tensor:
-    """FP8 scales ``[..., 1]`` of least squared error, among the largest magnitude's and those below it."""
-    start = fp8(blocks.abs().amax(-1, keepdim=True) / grid[-1])
-    best, error = start, torch.full_like(start, torch.inf)
-    for step in range(_blocks.SEARCH_STEPS):
-        tried = fp8(start * 2.0 ** (-step / 8))
-        now = (blocks - nearest(blocks, tried, grid)).square().sum(-1, keepdim=True)
-        best, error = torch.where(now < error, tried, best), torch.minimum(now, error)
-    return best

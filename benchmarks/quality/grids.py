@@ -8,7 +8,17 @@ from torch import Tensor
 from qvg_paged.kernels import _blocks
 from qvg_paged.kernels.formats import Grid
 
-__all__ = ["EXACT", "LEVELS", "WIDTH", "fp8", "leading", "nearest", "pair_size"]
+__all__ = [
+    "EXACT",
+    "LEVELS",
+    "WIDTH",
+    "fp8",
+    "leading",
+    "nearest",
+    "pair_size",
+    "searched",
+    "spread_of",
+]
 
 LEVELS = {
     "ternary": (-1.0, 0.0, 1.0),
@@ -59,3 +69,22 @@ def _table(levels: tuple[float, ...], device: str) -> tuple[Tensor, Tensor]:
     """Levels, and the thresholds between them."""
     values = torch.tensor(levels, device=device)
     return values, (values[1:] + values[:-1]) / 2
+
+
+def spread_of(x: Tensor, pairs: bool) -> Tensor:
+    """Standard deviation of channels, or of RoPE pairs of them, over the tokens of ``[heads, tokens, dim]``."""
+    variance = x.var(1, keepdim=True, correction=0)
+    if pairs:
+        variance = variance.unflatten(-1, (-1, 2)).mean(-1).repeat_interleave(2, -1)
+    return variance.sqrt()
+
+
+def searched(blocks: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """FP8 scales ``[..., 1]`` of least squared error, among the largest magnitude's and those below it."""
+    start = fp8(blocks.abs().amax(-1, keepdim=True) / levels[-1])
+    best, error = start, torch.full_like(start, torch.inf)
+    for step in range(_blocks.SEARCH_STEPS):
+        tried = fp8(start * 2.0 ** (-step / 8))
+        now = (blocks - nearest(blocks, tried, levels)).square().sum(-1, keepdim=True)
+        best, error = torch.where(now < error, tried, best), torch.minimum(now, error)
+    return best
