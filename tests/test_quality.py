@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from evaluation import same_bytes_window
+from evaluation import EvalOptions, same_bytes_window
+from quality import paged
 from quality.candidates import Candidate
 from quality.codecs import Library, RoundToNearest, hadamard
 from quality.frontier import FrontierOptions, run
@@ -253,6 +254,22 @@ def test_rows_on_the_first_paths_see_what_they_see_among_all(model: WorldModel, 
     assert some["paths"] == 2
     assert some["truth"]["paths"] == pytest.approx(whole["truth"]["paths"][:2], abs=0.01)
     assert some["dense"]["mean"] > 60
+
+
+def test_scores_of_paths_shared_out_among_processes_are_put_together(
+    model: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "tiny.safetensors"
+    export(model.state_dict(), weights, {})
+    monkeypatch.setattr(paged, "SPAN_FRAMES", 3)
+    options = EvalOptions(weights=weights, worlds=2, given=6, steps=1, span_frames=3, memory="64MiB")
+    shards = [paged.shard(replace(options, world_seed=seed)) for seed in (7, 8)]
+    found = paged.pooled(shards)
+    fp8, bf16, window = found["pairs"][0]["ours"], found["pairs"][0]["theirs"], found["pairs"][2]["theirs"]
+    assert len(found["rows"][fp8]["dense"]["paths"]) == 4
+    assert found["rows"]["unquantised"]["dense"]["mean"] > found["rows"][bf16]["dense"]["mean"] > 20
+    assert "window" in window
+    assert found["pairs"][0]["low"] <= found["pairs"][0]["mean"] <= found["pairs"][0]["high"]
 
 
 def test_what_matters_most_is_recorded_first_and_on_all_paths() -> None:
