@@ -109,7 +109,8 @@ class FairShare:
     """Every tenant gets service in proportion to its weight, whatever the number and size of its streams.
 
     Service is counted in cost units of chunks and of memory held over time. The tenant with the least of it, by
-    weight, is next; one that comes back from idling starts level with those in line.
+    weight, is next; one that comes back from idling starts level with those in line, and after a time in which nobody
+    had to wait all do.
 
     Args:
         quantum: a stream makes room for another tenant's if its own tenant would be further ahead than one chunk (of
