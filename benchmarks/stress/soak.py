@@ -75,7 +75,7 @@ def _run_batch(seeds: Sequence[int], events: int) -> list[dict[str, Any]]:
 def run_seeds(seeds: Sequence[int], events: int, jobs: int, deadline: float = float("inf")) -> Iterator[dict[str, Any]]:
     """Results as they come; no new seed begins after `deadline` (of `time.monotonic`)."""
     todo = iter([seeds[place : place + BATCH] for place in range(0, len(seeds), BATCH)])
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     with ProcessPoolExecutor(
         jobs, mp_context=context, initializer=_quiet, initargs=(str(Path(__file__).resolve().parents[1]),)
     ) as pool:
@@ -91,6 +91,15 @@ def run_seeds(seeds: Sequence[int], events: int, jobs: int, deadline: float = fl
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield from future.result()
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Workers that need not import everything each for itself, where the system has such."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["stress.soak"])
+    return context
 
 
 def _quiet(folder: str) -> None:
