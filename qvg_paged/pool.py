@@ -23,7 +23,7 @@ from qvg_paged.events import fault_point
 from qvg_paged.fence import Fence
 from qvg_paged.kernels.layout import GRANULE
 from qvg_paged.slab_books import SizeClass, SlabBooks
-from qvg_paged.slabs import PLACE, SlabGeometry, Slot, by_slab, byte_runs, place_runs
+from qvg_paged.slabs import GENERATIONS, PLACE, STRIDE, SlabGeometry, Slot, by_slab, byte_runs, place_runs
 
 __all__ = ["SlabGeometry", "SlabPool", "Slot", "byte_runs"]
 
@@ -49,6 +49,7 @@ class SlabPool(SlabBooks):
         self.buffer.fill_(self._fill)
         self._filled = Fence.record(self._device)
         self._look()
+        self._generation = 0
         self._live: dict[str, set[int]] = {}
         self._pending: list[tuple[Fence, SizeClass, Sequence[int]]] = []
 
@@ -95,25 +96,29 @@ class SlabPool(SlabBooks):
         fresh = count - len(kind.returned)
         if fresh > 0 and self.used_nbytes + fresh * nbytes > self.peak_nbytes:
             self.reclaim(wait=False)  # what is only on its way back makes no peak
-        handles = self._recycled(kind, count)
-        if len(handles) < count:
+        places = kind.returned[-count:] if count else []
+        del kind.returned[len(kind.returned) - len(places) :]
+        places.sort()
+        runs = place_runs(places, kind.units)
+        self._overwrite(runs)
+        if len(places) < count:
             self._filled.order_after()
-            handles = sorted(handles + self._lowest(kind, count - len(handles)))
+            places = sorted(places + self._lowest(kind, count - len(places)))
+            runs = place_runs(places, kind.units)
+        handles = self._named(runs, kind.units * STRIDE)
         live = self._live.get(tenant)
         if live is None:
             live = self._live[tenant] = set()
         live.update(handles)
         return handles
 
-    def _recycled(self, kind: SizeClass, count: int) -> list[int]:
-        """Up to `count` handles in places that came back, overwritten now."""
-        if not kind.returned or not count:
-            return []
-        places = kind.returned[-count:]
-        del kind.returned[-count:]
-        places.sort()
-        self._overwrite(place_runs(places, kind.units))
-        return [handle + 1 for handle in places]
+    def _named(self, runs: Iterable[tuple[int, int]], step: int) -> list[int]:
+        """Handles of places that are taken now: ranges, which cost less than a handle each."""
+        self._generation = generation = (self._generation + 1) % GENERATIONS
+        handles: list[int] = []
+        for first, end in runs:
+            handles += range(first * STRIDE + generation, end * STRIDE + generation, step)
+        return handles
 
     def live(self) -> dict[int, Slot]:
         """Slots in use, by id."""

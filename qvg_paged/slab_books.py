@@ -7,7 +7,7 @@ from itertools import chain
 
 from qvg_paged.errors import IntegrityError
 from qvg_paged.kernels.layout import GRANULE
-from qvg_paged.slabs import GENERATION, PLACE, SlabGeometry, Slot
+from qvg_paged.slabs import PLACE, SlabGeometry, Slot
 
 __all__ = ["SizeClass", "SlabBooks"]
 
@@ -18,7 +18,7 @@ class SizeClass:
     Attributes:
         nbytes, units: size of an object in bytes and granules.
         slots: objects per slab.
-        free: for each of its slabs the handles to be given out next, the last one first.
+        free: for each of its slabs where it has room: handles of the past, the next place to be given out last.
         with_room: its slabs that have a free slot, ascending.
         free_slots: free slots of all its slabs.
         returned: handles that came back; still to be overwritten.
@@ -35,16 +35,9 @@ class SizeClass:
         self.free_slots = 0
         self.returned: list[int] = []
 
-    def cut(self, slab: int, slab_units: int, before: "tuple[SizeClass, list[int]] | None") -> list[int]:
-        """Handles of a slab that is cut for this size, highest place first. `before`: how it was cut, and what is free
-        of it; these handles were never given out.
-        """
-        generation = 0
-        if before is not None:
-            if before[0] is self:
-                return before[1]
-            generation = 1 + max(handle & GENERATION for handle in before[1])
-        first, step = slab * slab_units << PLACE | generation, self.units << PLACE
+    def cut(self, slab: int, slab_units: int) -> list[int]:
+        """Handles of a slab that is cut for this size, highest place first; they were never given out."""
+        first, step = slab * slab_units << PLACE, self.units << PLACE
         return list(range(first + (self.slots - 1) * step, first - 1, -step))
 
 
@@ -63,7 +56,6 @@ class SlabBooks:
         self.num_slabs = geometry.num_slabs
         self._slab_units = self.slab_nbytes // GRANULE
         self._free_slabs = list(range(self.num_slabs))
-        self._uncut: dict[int, tuple[SizeClass, list[int]]] = {}
         self._classes = {size: SizeClass(size, self.slab_nbytes // size) for size in sorted(set(sizes))}
         self._cut: dict[int, SizeClass] = {}
         self.used_nbytes = 0
@@ -92,7 +84,7 @@ class SlabBooks:
         return slot.id // self._slab_units
 
     def _lowest(self, kind: SizeClass, count: int) -> list[int]:
-        """Handles from the lowest slabs of a size that have room, a slab at a time."""
+        """Places, by handles of the past, in the lowest slabs of a size that have room, a slab at a time."""
         handles: list[int] = []
         while (missing := count - len(handles)) > 0:
             if not kind.with_room:
@@ -111,7 +103,7 @@ class SlabBooks:
 
     def _cut_slab(self, kind: SizeClass) -> None:
         slab = heapq.heappop(self._free_slabs)
-        kind.free[slab] = kind.cut(slab, self._slab_units, self._uncut.pop(slab, None))
+        kind.free[slab] = kind.cut(slab, self._slab_units)
         kind.with_room.append(slab)
         kind.free_slots += kind.slots
         self._cut[slab] = kind
@@ -120,7 +112,7 @@ class SlabBooks:
         room = kind.free[slab]
         if not room:
             insort(kind.with_room, slab)
-        room += [handle + 1 for handle in reversed(handles)]
+        room += reversed(handles)
         if len(room) > len(handles):
             room.sort(reverse=True)  # neighbours together: one operation overwrites or checks them
         kind.free_slots += len(handles)
@@ -129,7 +121,6 @@ class SlabBooks:
             del self._cut[slab], kind.free[slab]
             kind.with_room.remove(slab)
             kind.free_slots -= kind.slots
-            self._uncut[slab] = (kind, room)
             heapq.heappush(self._free_slabs, slab)
 
     def _recut(self, num_slabs: int) -> None:

@@ -1,7 +1,8 @@
 """How a pool is cut into slabs, and how a place in it is named.
 
-A handle is one integer: the place (in units of `GRANULE` bytes) above, the place's generation below. That goes up by
-one each time the place is taken again, so no two allocations ever have the same handle, and handles sort by address.
+A handle is one integer: the place (in units of `GRANULE` bytes) above; below, the sum of the place and of the number of
+the call that took it, which is the generation. So handles sort by address, no two allocations have the same one, those
+of neighbours are a range, and Python hashes them to neighbours in a set.
 """
 
 from bisect import bisect_left
@@ -12,12 +13,15 @@ from typing import NamedTuple
 from qvg_paged.errors import ConfigError
 from qvg_paged.kernels.layout import GRANULE, align
 
-__all__ = ["GENERATION", "PLACE", "SlabGeometry", "Slot", "by_slab", "byte_runs", "place_runs"]
+__all__ = ["GENERATIONS", "PLACE", "STRIDE", "SlabGeometry", "Slot", "by_slab", "byte_runs", "place_runs"]
 
-PLACE = 61
-"""Bits of a generation: ``handle >> PLACE`` is the id of a slot. Python hashes integers modulo ``2**61 - 1``, so that
-the hash of a handle is the sum of its halves; with fewer bits handles would crowd into a few places of a set."""
-GENERATION = (1 << PLACE) - 1
+PLACE = 33
+"""Bits below the place: ``handle >> PLACE`` is the id of a slot. Handles in a pool of up to 256 GiB are of 63 bits, and a
+range of those is made faster than one of longer integers."""
+GENERATIONS = 1 << 32
+"""Calls until a generation comes again."""
+STRIDE = (1 << PLACE) + 1
+"""From a handle to that of the next granule, if both were taken together."""
 
 
 class Slot(NamedTuple):
@@ -91,6 +95,8 @@ def byte_runs(slots: Iterable[Slot]) -> list[tuple[int, int]]:
 
 def place_runs(handles: Sequence[int], units: int) -> list[tuple[int, int]]:
     """The same for sorted handles of objects of `units` granules, in granules."""
+    if not handles:
+        return []
     first, end = handles[0] >> PLACE, (handles[-1] >> PLACE) + units
     if end - first == len(handles) * units:  # no gap, as they mostly come
         return [(first, end)]
