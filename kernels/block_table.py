@@ -3,11 +3,12 @@
 from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from struct import Struct
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+
+from qvg_paged.kernels.table_memory import TableMemory, Upload, keep
 
 __all__ = ["BlockTable", "FormatGroup"]
 
@@ -32,28 +33,6 @@ class FormatGroup(NamedTuple):
     indptr: torch.Tensor
     host_indptr: tuple[int, ...]
     order: tuple[int, ...]
-
-
-WORD = 4
-ALIGNMENT = 4
-"""Numbers of four bytes: every plane of an upload starts at a multiple of 16 bytes, as a tensor of its own would."""
-
-
-@lru_cache(maxsize=1024)
-def _packing(entries: tuple[int, ...], ends: int) -> tuple[Struct, list[int], list[int]]:
-    """How an upload is packed that has three planes for each count of `entries`, positions last, and a plane of `ends`
-    numbers after these: the numbers, the lengths of its pieces, and which of these are planes, not what fills them up.
-    """
-    code = ""
-    lengths: list[int] = []
-    planes: list[int] = []
-    for count in entries:
-        for length, kind in ((count, "i"), (count, "i"), (count, "f"), (ends, "i")):
-            pad = -length % ALIGNMENT
-            code += f"{length}{kind}{pad * WORD}x"
-            planes.append(len(lengths))
-            lengths += [length, pad] if pad else [length]
-    return Struct(f"={code}"), lengths, planes
 
 
 class _Part(NamedTuple):
@@ -99,15 +78,15 @@ class BlockTable:
         codebooks: tuple[int, ...],
         formats: tuple[int, ...],
         positions: tuple[float, ...],
-        device: torch.device,
+        memory: TableMemory,
     ) -> "BlockTable":
-        """A table of one sequence; `device` is a tensor's, that is with its index. Made for every chunk, so it goes
-        around the checks and the fields of a frozen class.
+        """A table of one sequence, to be retired when nothing reads it any more. Made for every chunk, so it goes around
+        the checks and the fields of a frozen class.
         """
         table = cls.__new__(cls)
         fields = {
             "pages": pages, "codebooks": codebooks, "formats": formats, "positions": positions,
-            "indptr": (0, len(pages)), "device": device, "cache": {},
+            "indptr": (0, len(pages)), "device": memory.device, "cache": {}, "_memory": memory,
         }  # fmt: skip
         object.__setattr__(table, "__dict__", fields)
         return table
@@ -142,22 +121,36 @@ class BlockTable:
         parts = [self._part(fmt) for fmt in sorted(set(self.formats))]
         if not parts:
             return {}
-        struct, lengths, planes = _packing(tuple([len(part.order) for part in parts]), len(self.indptr))
         numbers: list[float] = []
         for part in parts:
             for column in part.columns:
                 numbers += column
-        on_host = bytearray(struct.size)
-        struct.pack_into(on_host, 0, *numbers)
-        uploaded = torch.frombuffer(on_host, dtype=torch.int32).to(self.device, non_blocking=True)
-        pieces = uploaded.split_with_sizes(lengths)
-        found = iter([pieces[plane] for plane in planes])
+        upload = self._upload(tuple([len(part.order) for part in parts]))
+        upload.send(numbers)
+        planes = iter(upload.planes)
         return {
-            part.format: FormatGroup(
-                next(found), next(found), next(found).view(torch.float32), next(found), part.columns[3], part.order
-            )
+            part.format: FormatGroup(next(planes), next(planes), next(planes), next(planes), part.columns[3], part.order)
             for part in parts
         }
+
+    def _upload(self, entries: tuple[int, ...]) -> Upload:
+        ends = len(self.indptr)
+        memory = self.__dict__.get("_memory")
+        if memory is None:
+            return Upload(entries, ends, self.device)
+        taken = self.__dict__["_taken"] = memory.take(entries, ends)
+        return taken[0]
+
+    def retire(self, *, idle: bool) -> None:
+        """Let go of device memory: the table is not used any more. If the device is done with it, too (`idle`), the next
+        table takes the memory of this one, and `groups` that somebody has kept change.
+        """
+        self.cache.clear()
+        taken = self.__dict__.pop("_taken", None)
+        if taken is not None:
+            self.__dict__.pop("groups", None)
+            if idle:
+                keep(*taken)
 
     def _part(self, fmt: int) -> _Part:
         formats, count = self.formats, self.formats.count(fmt)

@@ -1,7 +1,7 @@
 """Begin of chunks: check, make room for all of them, then reserve; all or none."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,9 +10,7 @@ from qvg_paged.chunk import Chunk
 from qvg_paged.compact import make_room_for
 from qvg_paged.errors import ArgumentError
 from qvg_paged.events import EventKind, fault_point
-from qvg_paged.kernels.block_table import NO_CODEBOOK, BlockTable
-from qvg_paged.page import DENSE_FORMAT, QUANTISED_FORMAT
-from qvg_paged.scratch import ScratchWriter
+from qvg_paged.page import QUANTISED_FORMAT
 from qvg_paged.timeline import Demand
 
 if TYPE_CHECKING:
@@ -25,6 +23,8 @@ FARTHEST = torch.finfo(torch.float32).max
 """Block tables hold positions in float32."""
 Need = tuple[int, int, int, int]
 """Of a chunk: its frames, the spans its commit closes, frames and format of these."""
+_Plan = tuple["Stream", Need, tuple[int, ...] | None]
+"""A stream, what its next chunk needs, and the frames that the chunk sees if it has asked for some."""
 
 
 def begin_chunks(
@@ -43,20 +43,12 @@ def begin_chunks(
         raise ArgumentError("streams: expected each stream once")
     overrides = _check_positions(positions) if positions else {}
     plans = [_plan(manager, stream, count, retrieve) for stream in streams]
-    make_room_for(manager, _counts(manager, count, plans))
+    make_room_for(manager, _counts(manager, plans))
     try:
-        return [_begin(manager, plan, count, overrides) for plan in plans]
+        return [_begin(manager, plan, overrides) for plan in plans]
     except BaseException:
         manager.abort_all([stream.chunk for stream in streams if stream.chunk is not None])
         raise
-
-
-class _Plan(NamedTuple):
-    """What the next chunk of a stream sees, and how many spans its commit will close."""
-
-    stream: "Stream"
-    visible: tuple[int, ...]
-    closing: int
 
 
 def _plan(manager: "KVCacheManager", stream: "Stream", count: int, retrieve: Sequence[int]) -> _Plan:
@@ -64,25 +56,21 @@ def _plan(manager: "KVCacheManager", stream: "Stream", count: int, retrieve: Seq
         raise ArgumentError(f"streams: expected streams of this manager, got {stream.id!r} of another")
     if stream.closed or stream.parked is not None or stream.chunk is not None:
         stream.require_idle()
-    return _Plan(stream, stream.visible(retrieve), stream.timeline.closing(stream.committed, count))
+    timeline = stream.timeline
+    closing = timeline.closing(stream.committed, count)
+    need = (count, closing, timeline.closing_frames, timeline.closing_format) if closing else (count, 0, 0, QUANTISED_FORMAT)
+    return stream, need, stream.visible(retrieve) if retrieve else None
 
 
-def _counts(manager: "KVCacheManager", count: int, plans: list[_Plan]) -> Mapping[int, int]:
+def _counts(manager: "KVCacheManager", plans: list[_Plan]) -> Mapping[int, int]:
     """Pool objects by size that these chunks need, and what is kept free for demotion."""
     if len(plans) != 1:
-        return _counted(manager, [_need(count, plan) for plan in plans])
-    need = _need(count, plans[0])
+        return _counted(manager, [need for _, need, _ in plans])
+    need = plans[0][1]
     counts = manager.needs.get(need)
     if counts is None:
         counts = manager.needs[need] = _counted(manager, [need])
     return counts
-
-
-def _need(count: int, plan: _Plan) -> Need:
-    if not plan.closing:
-        return count, 0, 0, QUANTISED_FORMAT
-    timeline = plan.stream.timeline
-    return count, plan.closing, timeline.closing_frames, timeline.closing_format
 
 
 def _counted(manager: "KVCacheManager", needs: Iterable[Need]) -> Mapping[int, int]:
@@ -93,26 +81,13 @@ def _counted(manager: "KVCacheManager", needs: Iterable[Need]) -> Mapping[int, i
     return {size: count for size, count in object_counts(manager.layouts, total).items() if count}
 
 
-def _begin(manager: "KVCacheManager", plan: _Plan, count: int, positions: Mapping[int, float]) -> Chunk:
-    stream, visible, closing = plan
-    frames = range(stream.committed, stream.committed + count)
+def _begin(manager: "KVCacheManager", plan: _Plan, positions: Mapping[int, float]) -> Chunk:
+    stream, need, visible = plan
+    frames = range(stream.committed, stream.committed + need[0])
     fault_point("chunk.reserve")
-    _, _, span_frames, fmt = _need(count, plan)
-    reservation = manager.store.reserve(stream.tenant, count, closing, span_frames, fmt)
+    reservation = manager.store.reserve(stream.tenant, *need)
     manager.encoder.order_after()
-    pages = [*stream.seen(visible), *reservation.scratch]
-    where: tuple[float, ...] = (*visible, *frames)
-    if positions:
-        where = tuple([positions.get(frame, frame) for frame in (*visible, *frames)])
-    table = BlockTable.of_one(
-        tuple([page.id for page in pages]),
-        tuple([NO_CODEBOOK if page.codebook is None else page.codebook.id for page in pages]),
-        tuple([page.format for page in pages]),
-        where,
-        manager.device,
-    )
-    writer = ScratchWriter(manager.store.pool, manager.layouts[DENSE_FORMAT], reservation.scratch)
-    chunk = stream.chunk = Chunk(stream, frames, visible, table, reservation, writer)
+    chunk = stream.chunk = Chunk(stream, frames, reservation, visible, positions)
     manager.notes.tell(stream, [(EventKind.ALLOCATE, frames, reservation.pages)])
     return chunk
 

@@ -1,14 +1,16 @@
 """The frames being denoised together: written over and over, then committed or thrown away."""
 
+from collections.abc import Mapping
 from enum import Enum
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 
 from qvg_paged.errors import StateError
-from qvg_paged.kernels.block_table import BlockTable
-from qvg_paged.page import Reservation
+from qvg_paged.kernels.block_table import NO_CODEBOOK, BlockTable
+from qvg_paged.page import DENSE_FORMAT, Reservation
 from qvg_paged.scratch import ScratchWriter
 
 if TYPE_CHECKING:
@@ -32,8 +34,6 @@ class Chunk:
     Attributes:
         stream: the stream it extends.
         frames: indices of its frames.
-        visible: history frames it attends to, ascending.
-        table: block table over the visible history, then its own frames; fixed while it is open.
         state: open, committed or aborted.
     """
 
@@ -41,21 +41,60 @@ class Chunk:
         self,
         stream: "Stream",
         frames: range,
-        visible: tuple[int, ...],
-        table: BlockTable,
         reservation: Reservation,
-        writer: ScratchWriter,
+        visible: tuple[int, ...] | None,
+        positions: Mapping[int, float],
     ) -> None:
         self.stream = stream
         self.frames = frames
-        self.visible = visible
-        self.table = table
         self.state = ChunkState.OPEN
         self.reservation = reservation
-        self.writer = writer
+        self._visible = visible
+        self._positions = positions
         self.written = [False] * stream.manager.model.num_layers
         self.sealed: set[int] = set()
         self.encodings: list[SpanEncoding] | None = None
+
+    @cached_property
+    def visible(self) -> tuple[int, ...]:
+        """History frames it attends to, ascending."""
+        return self._visible or tuple(self.stream.timeline.visible(self.frames.start))
+
+    @cached_property
+    def table(self) -> BlockTable:
+        """Block table over the visible history, then its own frames: of the pages that the chunk found, which stay where
+        they are while it is open.
+
+        Raises:
+            StateError: it is first asked for when the chunk is not open.
+        """
+        self.require_open()
+        positions: tuple[float, ...] = (*self.visible, *self.frames)
+        if self._positions:
+            positions = tuple([self._positions.get(frame, frame) for frame in (*self.visible, *self.frames)])
+        pages = [*self.stream.seen(self.visible), *self.reservation.scratch]
+        return BlockTable.of_one(
+            tuple([page.id for page in pages]),
+            tuple([NO_CODEBOOK if page.codebook is None else page.codebook.id for page in pages]),
+            tuple([page.format for page in pages]),
+            positions,
+            self.stream.manager.tables,
+        )
+
+    def finish(self, state: ChunkState) -> None:
+        """Detach it from its stream, and drop device memory that served it alone."""
+        self.state = state
+        self.stream.chunk = None
+        self.encodings = None
+        table: BlockTable | None = self.__dict__.get("table")
+        if table is not None:
+            table.retire(idle=state is ChunkState.COMMITTED)  # its check has waited for the device
+
+    @cached_property
+    def writer(self) -> ScratchWriter:
+        """Writes into its scratch pages, unless it is always part of a batch."""
+        manager = self.stream.manager
+        return ScratchWriter(manager.store.pool, manager.layouts[DENSE_FORMAT], self.reservation.scratch)
 
     @property
     def num_tokens(self) -> int:

@@ -80,7 +80,8 @@ class SpanEncoder:
 
     def order_after(self) -> None:
         """Let the current stream wait until every span handed over so far is encoded."""
-        self.fence_of_spans().order_after()
+        if self._done is not PASSED:
+            self.fence_of_spans().order_after()
 
     def fence_of_spans(self) -> Fence:
         """A fence behind every span handed over so far: all there is to wait for where the host has just waited for

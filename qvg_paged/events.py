@@ -79,14 +79,15 @@ class Tally:
     """Counts since a manager was made. As a context manager it counts the failures that pass through it.
 
     Attributes:
-        events, frames, nbytes: events, frames and bytes by kind.
+        counts: events, frames and bytes of each kind, also without those that never came as `events`, `frames`, `nbytes`.
+        counts: events, frames and bytes of each kind.
         failures: out of memory, NaN in a chunk, wrong books, a damaged copy, a failing disk; by class of the error.
     """
 
     COUNTED = (OutOfMemoryError, NonFiniteError, IntegrityError, CorruptedError, StorageError)
 
     def __init__(self) -> None:
-        self._counts = {kind: [0, 0, 0] for kind in EventKind}
+        self.counts = {kind: [0, 0, 0] for kind in EventKind}
         self.failures: Counter[type[BaseException]] = Counter()
 
     def note(self, event: CacheEvent) -> None:
@@ -95,13 +96,13 @@ class Tally:
 
     def count(self, kind: EventKind, frames: int, nbytes: int) -> None:
         """Count an event of which nobody wants to hear more."""
-        counts = self._counts[kind]
+        counts = self.counts[kind]
         counts[0] += 1
         counts[1] += frames
         counts[2] += nbytes
 
     def _column(self, index: int) -> Counter[EventKind]:
-        return Counter({kind: counts[index] for kind, counts in self._counts.items() if counts[0]})
+        return Counter({kind: counts[index] for kind, counts in self.counts.items() if counts[0]})
 
     @property
     def events(self) -> Counter[EventKind]:
@@ -127,7 +128,7 @@ class Tally:
     def copy(self) -> "Tally":
         """The counts of the moment."""
         other = Tally()
-        other._counts = {kind: [*counts] for kind, counts in self._counts.items()}
+        other.counts = {kind: [*counts] for kind, counts in self.counts.items()}
         other.failures = Counter(self.failures)
         return other
 

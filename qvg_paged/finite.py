@@ -9,7 +9,6 @@ from qvg_paged.chunk import Chunk
 from qvg_paged.kernels.layout import GRANULE, PageLayout
 from qvg_paged.page import Page
 from qvg_paged.pool import SlabPool
-from qvg_paged.slabs import place_runs
 
 __all__ = ["FiniteCheck"]
 
@@ -21,32 +20,27 @@ class FiniteCheck:
         self._pool = pool
         self._dtype = dtype
         self._scale = GRANULE // dtype.itemsize
-        self._units = layout.page_nbytes // GRANULE
         payload = layout.num_layers * layout.layer_nbytes
         self._payload = payload // dtype.itemsize
         self._whole = payload == layout.page_nbytes  # what follows the payload of a page is nobody's
 
     def broken(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Chunks that hold NaN or infinity. The host has then waited for the current stream."""
-        values = self._pool.viewed(self._dtype)
-        sums: list[torch.Tensor] = []
-        for chunk in chunks:
-            for start, stop in self._stretches(chunk.reservation.scratch):
-                sums.append(values[start:stop].sum())
+        sums = [values.sum() for chunk in chunks for values in self._values(chunk.reservation.scratch)]
         found = sums[0].item() if len(sums) == 1 else sum(torch.stack(sums).tolist())
         if isfinite(found):
             return []
-        return [chunk for chunk in chunks if not all(map(self._is_finite, self._stretches(chunk.reservation.scratch)))]
+        return [chunk for chunk in chunks if not all(map(_is_finite, self._values(chunk.reservation.scratch)))]
 
-    def _is_finite(self, stretch: tuple[int, int]) -> bool:
-        """By the ends of the values, which are NaN if any is: of finite values, too, the sum may be infinite."""
-        start, stop = stretch
-        ends = self._pool.viewed(self._dtype)[start:stop].aminmax()
-        return all(map(isfinite, torch.stack(ends).tolist()))
-
-    def _stretches(self, pages: list[Page]) -> list[tuple[int, int]]:
-        """First value and end of each stretch that the pages, as they were taken, fill."""
-        scale = self._scale
+    def _values(self, pages: list[Page]) -> list[torch.Tensor]:
+        """What the pages, as they were taken, hold: a tensor per stretch of memory."""
+        scale, dtype, stretch = self._scale, self._dtype, self._pool.stretch
         if self._whole:
-            return [(first * scale, end * scale) for first, end in place_runs([p.handle for p in pages], self._units)]
-        return [(page.id * scale, page.id * scale + self._payload) for page in pages]
+            runs = self._pool.stretches(pages[0].nbytes, [page.handle for page in pages])
+            return [stretch(dtype, first * scale, end * scale) for first, end in runs]
+        return [stretch(dtype, page.id * scale, page.id * scale + self._payload) for page in pages]
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """By their ends, which are NaN if any value is: of finite values, too, the sum may be infinite."""
+    return all(map(isfinite, torch.stack(values.aminmax()).tolist()))

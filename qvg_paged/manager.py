@@ -29,6 +29,7 @@ from qvg_paged.events import CacheEvent, EventKind, Tally, fault_point
 from qvg_paged.finite import FiniteCheck
 from qvg_paged.host import HostArena
 from qvg_paged.kernels.block_table import BlockTable
+from qvg_paged.kernels.table_memory import TableMemory
 from qvg_paged.notes import Notes, event, freed
 from qvg_paged.page import DENSE_FORMAT, Page, PageStore
 from qvg_paged.park import Parked, Tier, cancel_prefetch, discard, park_stream, prefetch_stream, resume_stream
@@ -84,6 +85,7 @@ class KVCacheManager:
         self.needs: dict[Need, Mapping[int, int]] = {}
         self.notes = Notes(config.on_event)
         self._tally = self.notes.tally
+        self.tables = TableMemory(device)
         self._batches = ChunkBatches(self)
         self._lock = Calls()
 
@@ -227,10 +229,7 @@ class KVCacheManager:
 
     def finish(self, chunk: Chunk, state: ChunkState) -> None:
         """Detach a chunk from its stream; drop batches it was part of, and device memory that served it alone."""
-        chunk.state = state
-        chunk.stream.chunk = None
-        chunk.table.cache.clear()
-        chunk.encodings = None
+        chunk.finish(state)
         self._batches.drop(chunk)
 
     def release(self, tenant: str, pages: list[Page]) -> list[CacheEvent]:

@@ -25,17 +25,20 @@ class Notes:
 
     def __init__(self, sink: Callable[[CacheEvent], None] | None) -> None:
         self.tally = Tally()
+        self._counts = self.tally.counts
         self.silent = sink is None
         self._sink = sink
 
     def tell(self, stream: "Stream", changes: Sequence[Change], gone: Sequence[Page] = (), returned: int = 0) -> None:
         """Changes of a stream, and then that letting go of the pages `gone` has `returned` so many bytes."""
         if self.silent:
-            count = self.tally.count
             for kind, frames, pages in changes:
-                count(kind, len(frames), _nbytes(pages))
+                counts = self._counts[kind]
+                counts[0] += 1
+                counts[1] += len(frames)
+                counts[2] += _nbytes(pages)
             if returned:
-                count(EventKind.FREE, 0, returned)
+                self.tally.count(EventKind.FREE, 0, returned)
             return
         events = [event(kind, stream, frames, pages) for kind, frames, pages in changes]
         self.send([*events, *freed(stream.tenant, gone, returned)])

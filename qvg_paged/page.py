@@ -94,6 +94,8 @@ class Reservation(NamedTuple):
     @property
     def pages(self) -> list[Page]:
         """All reserved pages."""
+        if not self.spans:
+            return self.scratch
         pages = [*self.scratch]
         for span in self.spans:
             pages += span

@@ -11,7 +11,7 @@ operations of the interpreter's own, not an object with a place in a table. What
 somebody needs slabs; it is overwritten when it is taken again, or when its slab is handed on.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -28,6 +28,9 @@ from qvg_paged.slabs import GENERATIONS, PLACE, STRIDE, SlabGeometry, Slot, by_s
 __all__ = ["SlabGeometry", "SlabPool", "Slot", "byte_runs"]
 
 NONE: frozenset[int] = frozenset()
+RANGE = 8
+"""Handles from which on asking for a range pays."""
+KEPT_STRETCHES = 4096
 
 
 class SlabPool(SlabBooks):
@@ -56,7 +59,9 @@ class SlabPool(SlabBooks):
     def _look(self) -> None:
         """The buffer as others need it, again whenever its memory is another."""
         self._views: dict[torch.dtype, torch.Tensor] = {}
-        self._bytes: Any = self.buffer.numpy() if self._device.type == "cpu" else self.buffer
+        self._stretches: dict[tuple[torch.dtype, int, int], torch.Tensor] = {}
+        self._fills: dict[tuple[int, int], Callable[[int], object]] = {}
+        self._bytes: Any = self.buffer.numpy() if self._device.type == "cpu" else None
 
     def require(self, counts: Mapping[int, int]) -> None:
         """See to it that `counts` objects by size find room, taking back returned memory if that is what it takes.
@@ -99,26 +104,27 @@ class SlabPool(SlabBooks):
         places = kind.returned[-count:] if count else []
         del kind.returned[len(kind.returned) - len(places) :]
         places.sort()
-        runs = place_runs(places, kind.units)
-        self._overwrite(runs)
+        self._overwrite(kind.stretches(places))
         if len(places) < count:
             self._filled.order_after()
             places = sorted(places + self._lowest(kind, count - len(places)))
-            runs = place_runs(places, kind.units)
-        handles = self._named(runs, kind.units * STRIDE)
+        handles = self._named(places, kind.units)
         live = self._live.get(tenant)
         if live is None:
             live = self._live[tenant] = set()
         live.update(handles)
         return handles
 
-    def _named(self, runs: Iterable[tuple[int, int]], step: int) -> list[int]:
-        """Handles of places that are taken now: ranges, which cost less than a handle each."""
+    def _named(self, places: list[int], units: int) -> list[int]:
+        """Handles of places, given as sorted handles of the past, that are taken now: of neighbours a range, which costs
+        less than a handle each.
+        """
         self._generation = generation = (self._generation + 1) % GENERATIONS
-        handles: list[int] = []
-        for first, end in runs:
-            handles += range(first * STRIDE + generation, end * STRIDE + generation, step)
-        return handles
+        if len(places) >= RANGE:
+            first, last = places[0] >> PLACE, places[-1] >> PLACE
+            if last - first == (len(places) - 1) * units:
+                return list(range(first * STRIDE + generation, last * STRIDE + generation + 1, units * STRIDE))
+        return [(handle >> PLACE) * STRIDE + generation for handle in places]
 
     def live(self) -> dict[int, Slot]:
         """Slots in use, by id."""
@@ -172,7 +178,7 @@ class SlabPool(SlabBooks):
     def _came_back(self, kind: SizeClass, handles: Sequence[int]) -> None:
         kind.returned += handles
         if self._fill:
-            self._overwrite(place_runs(sorted(handles), kind.units))  # poison is for who still reads them
+            self._overwrite(kind.stretches(sorted(handles)))  # poison is for who still reads them
 
     def _settle(self, *, wait: bool) -> None:
         """Note whose fences have passed; with `wait`, order later work behind the others."""
@@ -198,7 +204,7 @@ class SlabPool(SlabBooks):
         self._filled.order_after()
         for kind in kinds:
             handles, kind.returned = sorted(kind.returned), []
-            self._overwrite(place_runs(handles, kind.units))
+            self._overwrite(kind.stretches(handles))
             for slab, group in by_slab(handles, self._slab_units):
                 self._put_back(slab, kind, group)
         self._filled = self.fence()
@@ -208,8 +214,19 @@ class SlabPool(SlabBooks):
         return Fence.record(self._device)
 
     def _overwrite(self, runs: Iterable[tuple[int, int]]) -> None:
-        for start, stop in runs:
-            self._bytes[start * GRANULE : stop * GRANULE] = self._fill
+        for run in runs:
+            fill = self._fills.get(run)
+            if fill is None:
+                fill = self._filler(*run)
+            fill(self._fill)
+
+    def _filler(self, start: int, stop: int) -> Callable[[int], object]:
+        """What fills a stretch of memory; kept, because a steady stream comes back to its places."""
+        if len(self._fills) >= KEPT_STRETCHES:
+            self._fills.clear()
+        part = slice(start * GRANULE, stop * GRANULE)
+        fill = self._fills[start, stop] = self.buffer[part].fill_ if self._bytes is None else self._bytes[part].fill
+        return fill
 
     def resize(self, num_slabs: int) -> None:
         """Cut the pool, whose slabs from there on are free, or make it longer. The buffer stays the same tensor.
@@ -237,6 +254,23 @@ class SlabPool(SlabBooks):
         if view is None:
             view = self._views[dtype] = self.buffer.view(dtype)
         return view
+
+    def stretches(self, nbytes: int, handles: Sequence[int]) -> list[tuple[int, int]]:
+        """First granule and end of each stretch of memory that sorted handles of objects of one size fill, with what lies
+        between them and holds zeros.
+        """
+        kind = self._classes[nbytes]
+        return place_runs(handles, kind.units) if self._fill else kind.stretches(handles)
+
+    def stretch(self, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
+        """Elements `start` to `stop` of the pool in another dtype, kept as well."""
+        key = dtype, start, stop
+        part = self._stretches.get(key)
+        if part is None:
+            if len(self._stretches) >= KEPT_STRETCHES:
+                self._stretches.clear()
+            part = self._stretches[key] = self.viewed(dtype)[start:stop]
+        return part
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless every byte is accounted for exactly once."""

@@ -2,12 +2,12 @@
 
 import heapq
 from bisect import insort
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 from qvg_paged.errors import IntegrityError
 from qvg_paged.kernels.layout import GRANULE
-from qvg_paged.slabs import PLACE, SlabGeometry, Slot
+from qvg_paged.slabs import PLACE, SlabGeometry, Slot, place_runs
 
 __all__ = ["SizeClass", "SlabBooks"]
 
@@ -18,27 +18,34 @@ class SizeClass:
     Attributes:
         nbytes, units: size of an object in bytes and granules.
         slots: objects per slab.
+        slab_units, rest: granules of a slab, and of what is left of it behind the last object, which is nobody's.
         free: for each of its slabs where it has room: handles of the past, the next place to be given out last.
         with_room: its slabs that have a free slot, ascending.
         free_slots: free slots of all its slabs.
         returned: handles that came back; still to be overwritten.
     """
 
-    __slots__ = ("free", "free_slots", "nbytes", "returned", "slots", "units", "with_room")
+    __slots__ = ("free", "free_slots", "nbytes", "rest", "returned", "slab_units", "slots", "units", "with_room")
 
-    def __init__(self, nbytes: int, slots: int) -> None:
+    def __init__(self, nbytes: int, slab_nbytes: int) -> None:
         self.nbytes = nbytes
         self.units = nbytes // GRANULE
-        self.slots = slots
+        self.slots = slab_nbytes // nbytes
+        self.slab_units = slab_nbytes // GRANULE
+        self.rest = self.slab_units - self.slots * self.units
         self.free: dict[int, list[int]] = {}
         self.with_room: list[int] = []
         self.free_slots = 0
         self.returned: list[int] = []
 
-    def cut(self, slab: int, slab_units: int) -> list[int]:
+    def cut(self, slab: int) -> list[int]:
         """Handles of a slab that is cut for this size, highest place first; they were never given out."""
-        first, step = slab * slab_units << PLACE, self.units << PLACE
+        first, step = slab * self.slab_units << PLACE, self.units << PLACE
         return list(range(first + (self.slots - 1) * step, first - 1, -step))
+
+    def stretches(self, handles: Sequence[int]) -> list[tuple[int, int]]:
+        """First granule and end of each stretch of memory that sorted handles fill, rests of slabs included."""
+        return place_runs(handles, self.units, self.slab_units, self.rest)
 
 
 class SlabBooks:
@@ -56,7 +63,7 @@ class SlabBooks:
         self.num_slabs = geometry.num_slabs
         self._slab_units = self.slab_nbytes // GRANULE
         self._free_slabs = list(range(self.num_slabs))
-        self._classes = {size: SizeClass(size, self.slab_nbytes // size) for size in sorted(set(sizes))}
+        self._classes = {size: SizeClass(size, self.slab_nbytes) for size in sorted(set(sizes))}
         self._cut: dict[int, SizeClass] = {}
         self.used_nbytes = 0
         self.peak_nbytes = 0
@@ -103,7 +110,7 @@ class SlabBooks:
 
     def _cut_slab(self, kind: SizeClass) -> None:
         slab = heapq.heappop(self._free_slabs)
-        kind.free[slab] = kind.cut(slab, self._slab_units)
+        kind.free[slab] = kind.cut(slab)
         kind.with_room.append(slab)
         kind.free_slots += kind.slots
         self._cut[slab] = kind

@@ -93,14 +93,25 @@ def byte_runs(slots: Iterable[Slot]) -> list[tuple[int, int]]:
     return _joined((slot.id * GRANULE, slot.id * GRANULE + slot.nbytes) for slot in sorted(slots, key=lambda s: s.id))
 
 
-def place_runs(handles: Sequence[int], units: int) -> list[tuple[int, int]]:
-    """The same for sorted handles of objects of `units` granules, in granules."""
+def place_runs(handles: Sequence[int], units: int, slab_units: int = 1, rest: int = 0) -> list[tuple[int, int]]:
+    """The same for sorted handles of objects of `units` granules, in granules. Neighbours, too, are objects between which
+    a slab ends with `rest` granules that hold none.
+    """
     if not handles:
         return []
     first, end = handles[0] >> PLACE, (handles[-1] >> PLACE) + units
-    if end - first == len(handles) * units:  # no gap, as they mostly come
+    between = rest * ((end - 1) // slab_units - first // slab_units) if rest else 0
+    if end - first == len(handles) * units + between:  # no gap, as they mostly come
         return [(first, end)]
-    return _joined((handle >> PLACE, (handle >> PLACE) + units) for handle in handles)
+    runs: list[tuple[int, int]] = []
+    end = first
+    for handle in handles:
+        start = handle >> PLACE
+        if start != end and (start != end + rest or start % slab_units):
+            runs.append((first, end))
+            first = start
+        end = start + units
+    return [*runs, (first, end)]
 
 
 def _joined(stretches: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
