@@ -80,8 +80,8 @@ class BlockTable:
         positions: tuple[float, ...],
         memory: TableMemory,
     ) -> "BlockTable":
-        """A table of one sequence, to be retired when nothing reads it any more. Made for every chunk, so it goes around
-        the checks and the fields of a frozen class.
+        """A table of one sequence, to be retired when nothing reads it any more. Made for every chunk, so it goes
+        around the checks and the fields of a frozen class.
         """
         table = cls.__new__(cls)
         fields = {
@@ -127,23 +127,22 @@ class BlockTable:
                 numbers += column
         upload = self._upload(tuple([len(part.order) for part in parts]))
         upload.send(numbers)
-        planes = iter(upload.planes)
         return {
-            part.format: FormatGroup(next(planes), next(planes), next(planes), next(planes), part.columns[3], part.order)
-            for part in parts
+            part.format: FormatGroup(*planes, part.columns[3], part.order)
+            for part, planes in zip(parts, upload.planes, strict=True)
         }
 
     def _upload(self, entries: tuple[int, ...]) -> Upload:
         ends = len(self.indptr)
-        memory = self.__dict__.get("_memory")
+        memory: TableMemory | None = self.__dict__.get("_memory")
         if memory is None:
             return Upload(entries, ends, self.device)
-        taken = self.__dict__["_taken"] = memory.take(entries, ends)
-        return taken[0]
+        upload, _ = self.__dict__["_taken"] = memory.take(entries, ends)
+        return upload
 
     def retire(self, *, idle: bool) -> None:
-        """Let go of device memory: the table is not used any more. If the device is done with it, too (`idle`), the next
-        table takes the memory of this one, and `groups` that somebody has kept change.
+        """Let go of device memory: the table is not used any more. If the device is done with it, too (`idle`), the
+        next table takes the memory of this one, and `groups` that somebody has kept change.
         """
         self.cache.clear()
         taken = self.__dict__.pop("_taken", None)

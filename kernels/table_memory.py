@@ -42,7 +42,7 @@ class Upload:
         ends: how many ends of sequences.
 
     Attributes:
-        planes: for each format pages, codebooks, positions and ends of sequences, as they are after `send`.
+        planes: for each format pages, codebooks, positions and ends of sequences, as `send` leaves them.
     """
 
     __slots__ = ("_bytes", "_on_device", "_on_host", "_struct", "planes")
@@ -55,7 +55,8 @@ class Upload:
         if device.type != "cpu":
             self._on_device = torch.empty_like(self._on_host, device=device)
         pieces = self._on_device.split_with_sizes(lengths)
-        self.planes = [pieces[piece].view(dtype) for piece, dtype in planes]
+        views = iter([pieces[piece].view(dtype) for piece, dtype in planes])
+        self.planes = list(zip(views, views, views, views, strict=True))
 
     def send(self, numbers: Sequence[float]) -> None:
         """Fill the planes, in order, behind what was launched on the current stream."""

@@ -70,7 +70,8 @@ class ChunkBatches:
         self.check(chunks)
         tokens = sum(chunk.num_tokens for chunk in chunks)
         check_kv(k, v, tokens, self._manager.model, self._manager.device)
-        self._write(layer, chunks, self._batch(chunks)[1], k, v)
+        writer = chunks[0].writer if len(chunks) == 1 else self._batch(chunks)[1]
+        self._write(layer, chunks, writer, k, v)
 
     def check(self, chunks: Sequence[Chunk]) -> None:
         """Raise unless these are open chunks of the manager, each once."""

@@ -58,7 +58,9 @@ def _plan(manager: "KVCacheManager", stream: "Stream", count: int, retrieve: Seq
         stream.require_idle()
     timeline = stream.timeline
     closing = timeline.closing(stream.committed, count)
-    need = (count, closing, timeline.closing_frames, timeline.closing_format) if closing else (count, 0, 0, QUANTISED_FORMAT)
+    need = (count, 0, 0, QUANTISED_FORMAT)
+    if closing:
+        need = (count, closing, timeline.closing_frames, timeline.closing_format)
     return stream, need, stream.visible(retrieve) if retrieve else None
 
 

@@ -62,11 +62,10 @@ class Chunk:
 
     @cached_property
     def table(self) -> BlockTable:
-        """Block table over the visible history, then its own frames: of the pages that the chunk found, which stay where
-        they are while it is open.
+        """Block table over the visible history, then its own frames; fixed while the chunk is open.
 
         Raises:
-            StateError: it is first asked for when the chunk is not open.
+            StateError: it is first asked for when the chunk is done.
         """
         self.require_open()
         positions: tuple[float, ...] = (*self.visible, *self.frames)

@@ -79,7 +79,7 @@ class Tally:
     """Counts since a manager was made. As a context manager it counts the failures that pass through it.
 
     Attributes:
-        counts: events, frames and bytes of each kind, also without those that never came as `events`, `frames`, `nbytes`.
+        events, frames, nbytes: events, frames and bytes by kind.
         counts: events, frames and bytes of each kind.
         failures: out of memory, NaN in a chunk, wrong books, a damaged copy, a failing disk; by class of the error.
     """

@@ -11,9 +11,8 @@ operations of the interpreter's own, not an object with a place in a table. What
 somebody needs slabs; it is overwritten when it is taken again, or when its slab is handed on.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from qvg_paged.events import fault_point
 from qvg_paged.fence import Fence
 from qvg_paged.kernels.layout import GRANULE
 from qvg_paged.slab_books import SizeClass, SlabBooks
+from qvg_paged.slab_memory import SlabMemory
 from qvg_paged.slabs import GENERATIONS, PLACE, STRIDE, SlabGeometry, Slot, by_slab, byte_runs, place_runs
 
 __all__ = ["SlabGeometry", "SlabPool", "Slot", "byte_runs"]
@@ -30,10 +30,9 @@ __all__ = ["SlabGeometry", "SlabPool", "Slot", "byte_runs"]
 NONE: frozenset[int] = frozenset()
 RANGE = 8
 """Handles from which on asking for a range pays."""
-KEPT_STRETCHES = 4096
 
 
-class SlabPool(SlabBooks):
+class SlabPool(SlabBooks, SlabMemory):
     """Allocator over one preallocated uint8 tensor; sizes are declared at creation.
 
     Attributes:
@@ -45,23 +44,12 @@ class SlabPool(SlabBooks):
     def __init__(
         self, geometry: SlabGeometry, sizes: Iterable[int], device: torch.device, fill: FreeFill = FreeFill.ZERO
     ) -> None:
-        super().__init__(geometry, sizes)
-        self._device = torch.device(device)
-        self.buffer = torch.empty(geometry.nbytes, dtype=torch.uint8, device=device)
-        self._fill = 0xFF if fill is FreeFill.POISON else 0
-        self.buffer.fill_(self._fill)
+        SlabBooks.__init__(self, geometry, sizes)
+        SlabMemory.__init__(self, geometry.nbytes, device, fill)
         self._filled = Fence.record(self._device)
-        self._look()
         self._generation = 0
         self._live: dict[str, set[int]] = {}
         self._pending: list[tuple[Fence, SizeClass, Sequence[int]]] = []
-
-    def _look(self) -> None:
-        """The buffer as others need it, again whenever its memory is another."""
-        self._views: dict[torch.dtype, torch.Tensor] = {}
-        self._stretches: dict[tuple[torch.dtype, int, int], torch.Tensor] = {}
-        self._fills: dict[tuple[int, int], Callable[[int], object]] = {}
-        self._bytes: Any = self.buffer.numpy() if self._device.type == "cpu" else None
 
     def require(self, counts: Mapping[int, int]) -> None:
         """See to it that `counts` objects by size find room, taking back returned memory if that is what it takes.
@@ -116,8 +104,8 @@ class SlabPool(SlabBooks):
         return handles
 
     def _named(self, places: list[int], units: int) -> list[int]:
-        """Handles of places, given as sorted handles of the past, that are taken now: of neighbours a range, which costs
-        less than a handle each.
+        """Handles of places that are taken now, given as sorted handles of the past. Those of neighbours are a range,
+        which costs less than a handle each.
         """
         self._generation = generation = (self._generation + 1) % GENERATIONS
         if len(places) >= RANGE:
@@ -213,33 +201,12 @@ class SlabPool(SlabBooks):
         """A fence behind what was launched on the current stream: for places that were taken and are not wanted."""
         return Fence.record(self._device)
 
-    def _overwrite(self, runs: Iterable[tuple[int, int]]) -> None:
-        for run in runs:
-            fill = self._fills.get(run)
-            if fill is None:
-                fill = self._filler(*run)
-            fill(self._fill)
-
-    def _filler(self, start: int, stop: int) -> Callable[[int], object]:
-        """What fills a stretch of memory; kept, because a steady stream comes back to its places."""
-        if len(self._fills) >= KEPT_STRETCHES:
-            self._fills.clear()
-        part = slice(start * GRANULE, stop * GRANULE)
-        fill = self._fills[start, stop] = self.buffer[part].fill_ if self._bytes is None else self._bytes[part].fill
-        return fill
-
     def resize(self, num_slabs: int) -> None:
         """Cut the pool, whose slabs from there on are free, or make it longer. The buffer stays the same tensor.
 
         Nothing may be in flight: its memory is another afterwards.
         """
-        nbytes = num_slabs * self.slab_nbytes
-        other = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        kept = min(nbytes, self.buffer.numel())
-        other[:kept] = self.buffer[:kept]
-        other[kept:] = self._fill
-        self.buffer.set_(other.untyped_storage(), 0, other.shape, other.stride())
-        self._look()
+        self._resize_buffer(num_slabs * self.slab_nbytes)
         self._filled = self.fence()
         self._recut(num_slabs)
 
@@ -248,29 +215,12 @@ class SlabPool(SlabBooks):
         start = slot.id * GRANULE
         return self.buffer[start : start + slot.nbytes]
 
-    def viewed(self, dtype: torch.dtype) -> torch.Tensor:
-        """The whole pool in another dtype."""
-        view = self._views.get(dtype)
-        if view is None:
-            view = self._views[dtype] = self.buffer.view(dtype)
-        return view
-
     def stretches(self, nbytes: int, handles: Sequence[int]) -> list[tuple[int, int]]:
-        """First granule and end of each stretch of memory that sorted handles of objects of one size fill, with what lies
-        between them and holds zeros.
+        """First granule and end of each stretch of memory that sorted handles of objects of one size fill. What lies
+        between these and is nobody's may be in it if it holds zeros.
         """
         kind = self._classes[nbytes]
         return place_runs(handles, kind.units) if self._fill else kind.stretches(handles)
-
-    def stretch(self, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
-        """Elements `start` to `stop` of the pool in another dtype, kept as well."""
-        key = dtype, start, stop
-        part = self._stretches.get(key)
-        if part is None:
-            if len(self._stretches) >= KEPT_STRETCHES:
-                self._stretches.clear()
-            part = self._stretches[key] = self.viewed(dtype)[start:stop]
-        return part
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless every byte is accounted for exactly once."""

@@ -16,8 +16,8 @@ from qvg_paged.kernels.layout import GRANULE, align
 __all__ = ["GENERATIONS", "PLACE", "STRIDE", "SlabGeometry", "Slot", "by_slab", "byte_runs", "place_runs"]
 
 PLACE = 33
-"""Bits below the place: ``handle >> PLACE`` is the id of a slot. Handles in a pool of up to 256 GiB are of 63 bits, and a
-range of those is made faster than one of longer integers."""
+"""Bits below the place: ``handle >> PLACE`` is the id of a slot. Handles in a pool of up to 256 GiB are of 63 bits, and
+a range of those is made faster than one of longer integers."""
 GENERATIONS = 1 << 32
 """Calls until a generation comes again."""
 STRIDE = (1 << PLACE) + 1
@@ -94,8 +94,8 @@ def byte_runs(slots: Iterable[Slot]) -> list[tuple[int, int]]:
 
 
 def place_runs(handles: Sequence[int], units: int, slab_units: int = 1, rest: int = 0) -> list[tuple[int, int]]:
-    """The same for sorted handles of objects of `units` granules, in granules. Neighbours, too, are objects between which
-    a slab ends with `rest` granules that hold none.
+    """The same for sorted handles of objects of `units` granules, in granules. Neighbours, too, are objects between
+    which a slab ends with `rest` granules that hold none.
     """
     if not handles:
         return []

@@ -130,8 +130,6 @@ class Stream:
             ArgumentError: a frame of `retrieve` is not stored.
         """
         if not retrieve:
-            if self.timeline.visible_count(self.committed) == len(self.pages):  # nothing is kept past them
-                return tuple(self.pages)
             return tuple(self.timeline.visible(self.committed))
         missing = sorted(set(retrieve) - set(self.pages))
         if missing:

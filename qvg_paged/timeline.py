@@ -106,12 +106,6 @@ class Timeline:
         """Frames the next chunk attends to without asking, ascending."""
         return self._sink_and_newest(committed, self.window.recent_frames)
 
-    def visible_count(self, committed: int) -> int:
-        """How many these are."""
-        window = self.window
-        most = window.sink_frames + window.recent_frames
-        return most if most < committed else committed
-
     def kept(self, committed: int) -> list[int]:
         """Frames still stored, ascending."""
         return self._sink_and_newest(committed, self.window.recent_frames + self.window.retrieval_frames)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvg_paged.kernels.block_table import BlockTable
+from qvg_paged.kernels.block_table import BlockTable, FormatGroup
+from qvg_paged.kernels.table_memory import KEPT, SHAPES, TableMemory
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=9), min_size=1, max_size=5))
@@ -46,3 +47,60 @@ def test_a_cuda_device_without_an_index_is_the_current_one(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     table = BlockTable((1,), (-1,), (0,), (0.0,), (0, 1), torch.device("cuda"))
     assert table.device == torch.device("cuda", 1)
+
+
+def of_one(memory: TableMemory, first: int, entries: int = 5) -> BlockTable:
+    formats = (1, *[0] * (entries - 1))
+    return BlockTable.of_one(tuple(range(first, first + entries)), (-1,) * entries, formats, (0.5,) * entries, memory)
+
+
+def address(group: FormatGroup) -> int:
+    return group.pages.data_ptr()
+
+
+def test_a_table_takes_the_memory_of_one_of_its_shape_that_is_done_with() -> None:
+    memory = TableMemory(torch.device("cpu"))
+    first = of_one(memory, 10)
+    place = address(first.groups[0])
+    open_beside_it = of_one(memory, 20)
+    assert address(open_beside_it.groups[0]) != place
+    first.cache["what attention keeps"] = torch.zeros(1)
+    first.retire(idle=True)
+    assert not first.cache
+    longer, second = of_one(memory, 30, entries=6), of_one(memory, 40)
+    assert address(longer.groups[0]) != place
+    assert address(second.groups[0]) == place
+    assert second.groups[0].pages.tolist() == [41, 42, 43, 44]
+    assert second.groups[0].positions.tolist() == [0.5] * 4
+    assert first.groups[0].pages.tolist() == [11, 12, 13, 14], "who asks again gets numbers of its own"
+    assert open_beside_it.groups[0].pages.tolist() == [21, 22, 23, 24]
+
+
+def test_memory_that_the_device_may_still_read_is_not_used_again() -> None:
+    memory = TableMemory(torch.device("cpu"))
+    first = of_one(memory, 10)
+    kept = first.groups[0].pages
+    first.retire(idle=False)
+    assert of_one(memory, 20).groups[0].pages.tolist() == [21, 22, 23, 24]
+    assert kept.tolist() == [11, 12, 13, 14]
+
+
+def test_a_table_that_nobody_has_asked_for_gives_nothing_back() -> None:
+    memory = TableMemory(torch.device("cpu"))
+    of_one(memory, 10).retire(idle=True)
+    assert not memory._free
+
+
+def test_memory_of_few_tables_is_kept() -> None:
+    memory = TableMemory(torch.device("cpu"))
+    tables = [of_one(memory, 10) for _ in range(KEPT + 3)]
+    for table in tables:
+        assert table.groups
+    for table in tables:
+        table.retire(idle=True)
+    assert list(map(len, memory._free.values())) == [KEPT]
+    for entries in range(1, SHAPES + 3):
+        table = of_one(memory, 0, entries)
+        assert table.groups[1].pages.tolist() == [0]
+        table.retire(idle=True)
+    assert len(memory._free) <= SHAPES

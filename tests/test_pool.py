@@ -13,7 +13,7 @@ from qvg_paged import ConfigError, FreeFill, IntegrityError, OutOfMemoryError, S
 from qvg_paged.fence import Fence
 from qvg_paged.kernels.layout import GRANULE
 from qvg_paged.pool import SlabGeometry, SlabPool, Slot, byte_runs
-from qvg_paged.slabs import PLACE
+from qvg_paged.slabs import GENERATIONS, PLACE, place_runs
 from qvg_paged.timeline import Demand, Timeline
 
 CPU = torch.device("cpu")
@@ -457,3 +457,68 @@ def test_neighbours_are_one_run_of_bytes() -> None:
     found = byte_runs(slots)
     assert found == [(2 * GRANULE, 6 * GRANULE), (8 * GRANULE, 10 * GRANULE), (16 * GRANULE, 18 * GRANULE)]
     assert byte_runs([]) == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.sets(st.integers(0, 30)))
+def test_runs_are_longest_stretches_without_a_gap_but_the_rest_of_a_slab(
+    units: int, slots: int, rest: int, taken: set[int]
+) -> None:
+    slab = units * slots + rest
+    places = [index // slots * slab + index % slots * units for index in sorted(taken)]
+    handles = [(place << PLACE) + 7 * place for place in places]
+    filled = {granule for place in places for granule in range(place, place + units)}
+    between = {i // slots * slab + units * slots for i in taken if i % slots == slots - 1 and i + 1 in taken}
+    rests = {granule for first in between for granule in range(first, first + rest)}
+    for joins in (False, True):
+        runs = place_runs(handles, units, slab, rest) if joins else place_runs(handles, units)
+        assert {granule for run in runs for granule in range(*run)} == (filled | rests if joins else filled)
+        assert all(end < start for (_, end), (start, _) in pairwise(runs))
+
+
+def test_the_rest_of_a_slab_is_overwritten_with_what_lies_on_both_sides_of_it() -> None:
+    for fill, joined in ((FreeFill.ZERO, [(0, 7)]), (FreeFill.POISON, [(0, 3), (4, 7)])):
+        pool = SlabPool(SlabGeometry(1024, 3), [768], CPU, fill)
+        slots = pool.allocate(768, 2, "t")
+        handles = [slot.generation for slot in slots]
+        assert pool.stretches(768, handles) == joined
+        pool.buffer.fill_(7)
+        pool.give_back(768, handles, "t", DONE)
+        pool.take(768, 2, "t")
+        assert pool.buffer[: 7 * GRANULE].eq(pool.buffer[0]).all()
+        assert pool.buffer[7 * GRANULE :].eq(7).all(), "what nobody has returned stays"
+
+
+def test_views_of_a_stretch_are_kept_and_made_anew_when_memory_is_another() -> None:
+    pool = make_pool()
+    part = pool.stretch(torch.int32, 4, 12)
+    assert pool.stretch(torch.int32, 4, 12) is part
+    part.fill_(3)
+    assert pool.buffer[16:48].view(torch.int32).eq(3).all()
+    pool.resize(3)
+    moved = pool.stretch(torch.int32, 4, 12)
+    moved.fill_(5)
+    assert pool.buffer[16:48].view(torch.int32).eq(5).all()
+    assert part.eq(3).all()
+
+
+def test_more_stretches_than_are_kept_are_forgotten_and_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvg_paged.slab_memory.KEPT", 2)
+    pool = SlabPool(SlabGeometry(1024, 8), [1024], CPU)
+    slots = pool.allocate(1024, 8, "t")
+    for slot in slots[::2]:
+        pool.bytes_of(slot).fill_(7)
+        assert pool.stretch(torch.uint8, slot.id * GRANULE, slot.id * GRANULE + 1).item() == 7
+        pool.free(slot, DONE)
+    again = pool.allocate(1024, 4, "t")
+    assert {slot.id for slot in again} == {slot.id for slot in slots[::2]}
+    assert all(pool.bytes_of(slot).eq(0).all() for slot in again)
+
+
+def test_generations_come_again_only_after_all_others() -> None:
+    pool = make_pool()
+    pool._generation = GENERATIONS - 1
+    first, second = (pool.allocate(256, 8, "t") for _ in range(2))
+    assert [slot.id for slot in first + second] == list(range(16))
+    assert len({slot.generation for slot in first + second}) == 16
+    pool.check_integrity()

@@ -209,6 +209,29 @@ def test_frames_kept_past_the_window_can_be_brought_back_and_others_cannot() -> 
         stream.begin_chunk(retrieve=[3, 4, 7])
 
 
+def test_a_table_is_made_while_the_chunk_is_open_and_says_the_same_ever_after() -> None:
+    cache = make_cache()
+    stream = cache.open("a", window=WINDOW)
+    grow(stream, 5)
+    with stream.begin_chunk(1) as chunk:
+        table = chunk.table
+        pages = tuple(page.id for page in [*stream.pages.values(), *chunk.reservation.scratch])
+        assert (table.pages, table.positions) == (pages, (*chunk.visible, 5))
+        on_device = [group.pages.tolist() for group in table.groups.values()]
+        write(chunk, [5])
+        chunk.commit()
+    assert chunk.visible == (0, 1, 2, 3, 4)
+    with stream.begin_chunk(1) as late:
+        write(late, [6])
+        late.commit()
+    assert late.visible == (0, 1, 2, 3, 4, 5)
+    with pytest.raises(StateError, match="got one that is committed"):
+        _ = late.table
+    assert chunk.table is table
+    assert table.pages == pages
+    assert [group.pages.tolist() for group in table.groups.values()] == on_device
+
+
 def test_a_fork_shares_every_page_and_both_go_their_own_way() -> None:
     cache = make_cache()
     stream = cache.open("a", window=WINDOW)

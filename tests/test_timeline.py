@@ -83,7 +83,6 @@ def test_kept_visible_and_demand_follow_a_stream_told_frame_by_frame(timeline: T
         assert closing == told.spans_closed
         gone = (stored | set(range(before, told.committed))) - (told.dense | told.quantised)
         assert set(timeline.leaving(before, told.committed)) == gone
-        assert timeline.visible_count(told.committed) == len(timeline.visible(told.committed))
         for bound in (worst, worst_to_end):
             assert bound.most(held) == bound, "a chunk held more than the worst case"
         assert set(timeline.kept(told.committed)) == told.dense | told.quantised
