@@ -90,7 +90,7 @@ class Checker:
         ledger.streams[name] = stream
         note_floors(ledger, record)
         if reason == "queued":
-            ledger.live[name] = stream
+            ledger.accept(name, stream)
             ledger.expect("drain", not self._draining, f"{name!r} was accepted while draining")
             fits = stream.worst <= ledger.open["pool_nbytes"]
             ledger.expect("admission", fits, f"{name!r} can never fit and was accepted")
@@ -138,7 +138,7 @@ class Checker:
             self.ledger.reserve = record["nbytes"]
         if record["event"] == "memory":
             self.ledger.expect("memory", record["fits"], "the engine ran out of memory")
-            resident = sum([stream.state == "running" for stream in self.ledger.live.values()])
+            resident = len(self.ledger.places.running)
             self.ledger.expect("engine", record["open"] == resident, f"{record['open']} are open, {resident} run")
 
     def _on_plan(self, plan: dict[str, Any]) -> None:
@@ -177,15 +177,15 @@ class Checker:
             self._check_park(name, reason)
             stream = ledger.streams[name]
             stream.state, stream.reason, stream.nbytes = "parked", reason, 0
+            ledger.places.park(name)
         for key, before in (("resumed", "parked"), ("admitted", "queued")):
             for name in plan[key]:
                 stream = ledger.streams[name]
                 right = stream.state == before and name not in parked_now
                 ledger.expect("transitions", right, f"{name!r} was {key}, it was {stream.state}")
                 ledger.expect("cancel", stream.state not in FINAL, f"{name!r} ran after its end")
+                ledger.places.start(name, room=ledger.host_nbytes)
                 stream.state, stream.reason, stream.chunks_before = "running", "advance", stream.chunks
-                if before == "queued":
-                    ledger.back(stream)
 
     def _check_park(self, name: str, reason: str) -> None:
         ledger, config, stream = self.ledger, self.ledger.open["config"], self.ledger.streams[name]
@@ -202,8 +202,8 @@ class Checker:
     def _check_running(self, plan: dict[str, Any]) -> None:
         ledger = self.ledger
         listed = [row[0] for row in plan["running"]]
-        running = ledger.within("running")
-        right = len(listed) == len(running) and set(listed) == set(running)
+        running = ledger.places.running
+        right = len(listed) == len(running) and set(listed) == running.keys()
         ledger.expect("transitions", right, f"the plan runs {sorted(listed)}, expected {sorted(running)}")
         ledger.planned, ledger.held = {}, []
         for name, start, count, nbytes in plan["running"]:

@@ -4,9 +4,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FINAL", "Ledger", "Stream", "Tenant", "Violation"]
+from stress.places import FINAL, Places, Stream
 
-FINAL = ("finished", "failed", "cancelled", "refused")
+__all__ = ["FINAL", "Ledger", "Stream", "Tenant", "Violation"]
 
 
 @dataclass(frozen=True)
@@ -22,42 +22,6 @@ class Violation:
     invariant: str
     seq: int
     text: str
-
-
-@dataclass
-class Stream:
-    """A stream, as the log tells its story.
-
-    Attributes:
-        worst: bytes at its worst; `nbytes` are those promised now.
-        reason: why it is where it is; `ending` why it ended, until a plan has told so.
-        chunks_before: chunks finished when it last began to run.
-        stalls: parks since its latest chunk.
-        spent: cost units it has taken.
-        backed: whether the host had room for it at its worst, beside those who have it set aside, when it was admitted;
-            who was admitted without keeps its worst case until it ends.
-        rung, kept: how cheaply it is stored, and how many frames it keeps for retrieval; `lowest` and `least_kept` are
-            its floors.
-    """
-
-    tenant: str
-    frames: int
-    branches: int
-    worst: int
-    state: str = "queued"
-    reason: str = "queued"
-    committed: int = 0
-    chunks: int = 0
-    chunks_before: int = 0
-    stalls: int = 0
-    ending: str = ""
-    nbytes: int = 0
-    spent: float = 0.0
-    backed: bool = False
-    rung: int = 0
-    kept: int = 0
-    lowest: int = 0
-    least_kept: int = 0
 
 
 @dataclass
@@ -79,7 +43,8 @@ class Ledger:
 
     Attributes:
         violations: what was found.
-        streams: all there ever were; `live` are those that are not final, `untold` those whose end no plan has told.
+        streams: all there ever were; `live` are those that are not final, by `places`, `untold` those whose end no plan
+            has told.
         planned: first frame and number of frames of each stream of the latest plan; `held` its promises as tenant,
             stream, bytes and branches.
         limit: bytes that may be promised if less than the pool.
@@ -90,6 +55,7 @@ class Ledger:
     violations: list[Violation] = field(default_factory=list)
     streams: dict[str, Stream] = field(default_factory=dict)
     live: dict[str, Stream] = field(default_factory=dict)
+    places: Places = field(default_factory=Places)
     untold: dict[str, Stream] = field(default_factory=dict)
     tenants: dict[str, Tenant] = field(default_factory=lambda: defaultdict(Tenant))
     seq: int = -1
@@ -107,15 +73,19 @@ class Ledger:
         if not holds:
             self.violations.append(Violation(invariant, self.seq, text))
 
-    def within(self, *states: str) -> dict[str, Stream]:
-        """Live streams in any of these states."""
-        return {name: s for name, s in self.live.items() if s.state in states}
+    def accept(self, name: str, stream: Stream) -> None:
+        """A stream joins the line."""
+        if name in self.live:
+            self.places.leave(name, self.live[name])
+        self.live[name] = stream
+        self.places.join(name, stream)
 
     def end(self, name: str, state: str, ending: str) -> None:
         """A stream became final."""
         stream = self.streams[name]
         stream.state, stream.ending = state, ending
-        self.live.pop(name, None)
+        if self.live.pop(name, None) is not None:
+            self.places.leave(name, stream)
         if ending:
             self.untold[name] = stream
 
@@ -130,14 +100,14 @@ class Ledger:
         stuck = name == self.leader and stream.chunks == self.leader_chunks and stream.chunks != stream.chunks_before
         return stuck or stream.stalls >= self.open["config"]["max_parks"] or not stream.backed
 
-    def back(self, stream: Stream) -> None:
-        """A stream is admitted: whether host memory is set aside for it, as it stays."""
-        claimed = sum([other.worst for other in self.live.values() if other.backed])
-        stream.backed = self.parks and claimed + stream.worst <= self.open["host_nbytes"]
+    @property
+    def host_nbytes(self) -> int:
+        """Room on the host for streams that are parked."""
+        return int(self.open["host_nbytes"]) if self.parks else -1
 
     def roomy(self) -> bool:
         """Whether the host has room for all streams at their worst, so that everyone can be parked."""
-        return self.parks and sum([s.worst for s in self.live.values()]) <= self.open["host_nbytes"]
+        return self.places.worst <= self.host_nbytes
 
     def tenant_nbytes(self) -> dict[str, int]:
         """Bytes promised to each tenant."""

@@ -1,6 +1,6 @@
 """Checks of a plan against the room there is: promises, limits, quotas, floors, and whether anybody waits in vain."""
 
-from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from stress.ledger import Ledger, Stream
@@ -35,30 +35,28 @@ def _check_ceiling(ledger: Ledger, tenant: str, text: str, seen_running: set[str
 
 def check_line(ledger: Ledger, plan: dict[str, Any]) -> None:
     """Reasons are true, and nobody waits while there is room."""
-    line = ledger.within("queued", "parked")
+    line, reasons = ledger.places.waiting, ledger.places.reasons
     for name, reason in plan["waiting"]:
-        if name not in line:
+        if name in line:
+            ledger.places.tell(name, reason)
+        else:
             ledger.expect("transitions", False, f"{name!r} is told to wait as {reason!r} and is not in line")
-        ledger.streams[name].reason = reason
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for name, stream in line.items():
-        reasons[stream.reason].append(name)
     held = ledger.tenant_nbytes()
     _check_reasons(ledger, reasons, sum(held.values()))
     if reasons["behind"]:
         blocked = any(reasons[reason] for reason in SCARCE)
-        ledger.expect("work conservation", blocked, f"{reasons['behind']} wait behind nobody")
+        ledger.expect("work conservation", blocked, f"{[*reasons['behind']]} wait behind nobody")
     if reasons["hold off"]:
-        declared = (plan["hold"] and bool(ledger.within("parked"))) or bool(plan["resumed"])
-        ledger.expect("work conservation", declared, f"{reasons['hold off']} wait without need")
-    ledger.expect("reasons", not reasons["queued"], f"not told why: {reasons['queued']}")
+        declared = (plan["hold"] and bool(ledger.places.parked)) or bool(plan["resumed"])
+        ledger.expect("work conservation", declared, f"{[*reasons['hold off']]} wait without need")
+    ledger.expect("reasons", not reasons["queued"], f"not told why: {[*reasons['queued']]}")
     if not ledger.planned and line and ledger.limit is None:
         barred = all(ledger.tenants[s.tenant].ceiling is not None for s in line.values())
         ledger.expect("work conservation", barred, f"nothing runs, {len(line)} streams wait")
     _check_claims(ledger, line, held)
 
 
-def _check_reasons(ledger: Ledger, reasons: dict[str, list[str]], promised: int) -> None:
+def _check_reasons(ledger: Ledger, reasons: Mapping[str, Mapping[str, Stream]], promised: int) -> None:
     config = ledger.open["config"]
     pool = ledger.open["pool_nbytes"] if ledger.limit is None else ledger.limit
     streams, free = ledger.streams, 0.8 * (pool - ledger.reserve) * (1 - config["headroom"])

@@ -42,8 +42,7 @@ class Service:
     def follow(self) -> None:
         """The gaps after a plan."""
         tenants = self._ledger.tenants
-        backlogged = {s.tenant for s in self._ledger.live.values() if s.state != "running"}
-        names = sorted(backlogged & tenants.keys())[:FOLLOWED_TENANTS]
+        names = sorted(self._ledger.places.tenants.keys() & tenants.keys())[:FOLLOWED_TENANTS]
         shares = [(name, tenants[name].service / tenants[name].weight) for name in names]
         gaps: dict[tuple[str, str], tuple[float, float]] = {}
         for place, (one, first) in enumerate(shares):
