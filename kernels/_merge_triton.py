@@ -82,6 +82,13 @@ def _offset(sequence, token, head, member, strides):
     )
 
 
+@triton.jit
+def _sum(sums, i: tl.constexpr, sequence, token, head, member, strides, inside, count):
+    """Log-sum-exp of piece `i`; -inf if it is not one of the first `count`."""
+    at = _offset(sequence, token, head, member, strides[i]) // UNIT
+    return tl.load(sums[i] + at, mask=inside & (i + tl.zeros_like(token) < count), other=float("-inf"))
+
+
 @triton.jit(do_not_specialize=["lse", "count", "rows", "tokens", "heads", "group"])
 def _merge_pieces_kernel(
     out, lse, pieces, sums, strides, sum_strides, count, rows, tokens, heads, group,
@@ -94,21 +101,17 @@ def _merge_pieces_kernel(
     query = row // (heads * group)
     sequence, token, head, member = query // tokens, query % tokens, row // group % heads, row % group
     top = tl.full([BLOCK], float("-inf"), tl.float32)
+    for i in tl.static_range(MOST):
+        top = tl.maximum(top, _sum(sums, i, sequence, token, head, member, sum_strides, inside, count))
+    reference = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros([BLOCK], tl.float32)
     merged = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
-    for i in tl.static_range(MOST):
-        at = _offset(sequence, token, head, member, sum_strides[i]) // UNIT
-        given = inside & (i + tl.zeros([BLOCK], tl.int32) < count)
-        part_lse = tl.load(sums[i] + at, mask=given, other=float("-inf"))
-        filled = part_lse != float("-inf")
-        at = _offset(sequence, token, head, member, strides[i])
-        part = tl.load(pieces[i] + at[:, None] + channel[None, :], mask=filled[:, None], other=0.0).to(tl.float32)
-        raised = tl.maximum(top, part_lse)
-        reference = tl.where(raised == float("-inf"), 0.0, raised)
-        keep, weight = tl.exp(top - reference), tl.exp(part_lse - reference)
-        merged = merged * keep[:, None] + part * weight[:, None]
-        total = total * keep + weight
-        top = raised
+    for i in tl.static_range(MOST):  # no load waits for another's sum
+        weight = tl.exp(_sum(sums, i, sequence, token, head, member, sum_strides, inside, count) - reference)
+        at = _offset(sequence, token, head, member, strides[i])[:, None] + channel[None, :]
+        part = tl.load(pieces[i] + at, mask=(weight > 0.0)[:, None], other=0.0).to(tl.float32)
+        merged += part * weight[:, None]
+        total += weight
     empty = total == 0.0
     merged = merged / tl.where(empty, 1.0, total)[:, None]
     at = row.to(tl.int64)[:, None] * HEAD_DIM + channel[None, :]

@@ -13,17 +13,24 @@ import torch
 __all__ = ["Lookahead", "Step", "staged"]
 
 
+PRIORITY = 0
+"""As that of a caller's stream: what was launched before it, attention, takes the machine first."""
+
+
 @dataclass(frozen=True)
 class Step:
     """Decoding of one slice.
 
     Attributes:
         key: what is decoded, from where and to where: equal keys leave the same bytes in the same half.
-        decode: launches it into a half of the scratch, on a stream or, given None, on the current one.
+        decode: launches it into a half of the scratch, on a stream or, given None, on the current one; as far as it
+            leaves alone what the step before decoded into the other half.
+        complete: launches what is left into that half, on the current stream, once nobody reads the other any more.
     """
 
     key: Hashable
     decode: Callable[[int, torch.cuda.Stream | None], None]
+    complete: Callable[[int], None] = lambda _: None
 
 
 class _Side:
@@ -31,7 +38,7 @@ class _Side:
 
     def __init__(self, device: torch.device, main: torch.cuda.Stream) -> None:
         self.main = main
-        self.stream = torch.cuda.Stream(device, priority=-1)
+        self.stream = torch.cuda.Stream(device, priority=PRIORITY)
         self.ready = torch.cuda.Event()
         self.attended = torch.cuda.Event()
 
@@ -97,7 +104,7 @@ def staged(
 ) -> Generator[tuple[int, int], None, None]:
     """Decode one step ahead of the caller, who attends to step i in half h when (i, h) is yielded.
 
-    Step i + 1 runs beside what the caller launches for step i, and behind everything it launched for step i - 1, whose
+    Step i + 1 runs beside what the caller launched for step i, and behind everything it launched for step i - 1, whose
     half of the scratch it takes. On the caller's stream all of it has happened before whatever is launched after the
     last step, or after the generator was closed early, so memory may be returned as if there were one stream; a graph
     can be captured. Not `ahead`, without CUDA or with a single step and no `lookahead`, everything runs on the caller's
@@ -115,6 +122,7 @@ def staged(
             lookahead.settle()
         for i, step in enumerate(steps):
             step.decode(0, None)
+            step.complete(0)
             yield i, 0
         return
     main = torch.cuda.current_stream(device)
@@ -134,9 +142,10 @@ def staged(
             launch(0)
         for i in range(len(steps)):
             main.wait_event(side.ready)
+            steps[i].complete((first + i) % 2)
+            yield i, (first + i) % 2
             if i + 1 < len(every):
                 launch(i + 1)
-            yield i, (first + i) % 2
             if i + 1 < len(steps):
                 side.attended.record(main)
     except BaseException:

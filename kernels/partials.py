@@ -5,7 +5,7 @@ import torch
 from qvg_paged.kernels.layout import GRANULE, align
 from qvg_paged.kernels.merge import Piece, merge_pieces
 
-__all__ = ["Partials", "run_merges", "slot_nbytes"]
+__all__ = ["PENDING", "Partials", "run_merges", "slot_nbytes"]
 
 PENDING = 4
 """Pieces that are merged at once; each launch reads all of them and writes one result."""

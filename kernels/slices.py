@@ -1,6 +1,6 @@
 """How the staged path cuts a block table into slices that are decoded together and attended to in one call."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, pairwise
 from typing import Any
@@ -15,6 +15,8 @@ __all__ = ["Cohort", "DecodeRun", "Room", "Slice", "cohorts"]
 
 LEAD_PAGES = 8
 """Sequences of fewer pages have no slice of their own to begin with."""
+SLICE_PAGES = 10
+"""What a slice more costs, launched, written and merged, in pages whose decoding nothing hides."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class DecodeRun:
     def count(self) -> int:
         """Pages of the run."""
         return len(self.pages)
+
+    def part(self, pages: range) -> "DecodeRun":
+        """Some of the pages, in views of the run's tensors."""
+        some = slice(pages.start, pages.stop)
+        rope = None if self.rope is None else self.rope.of_frames(some)
+        return DecodeRun(self.fmt, self.pages[some], self.codebooks[some], rope)
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,15 @@ class Slice:
         """Pages of the slice."""
         return sum(run.count for run in self.runs)
 
+    def parts(self, pages: range) -> Iterator[tuple[int, DecodeRun]]:
+        """What of the runs some pages of the slice are, each with its first page in the slice."""
+        first = 0
+        for run in self.runs:
+            some = range(max(pages.start - first, 0), min(pages.stop - first, run.count))
+            if some:
+                yield first + some.start, run if len(some) == run.count else run.part(some)
+            first += run.count
+
 
 @dataclass(frozen=True)
 class Room:
@@ -64,8 +81,10 @@ class Room:
         fp8_formats: formats that go to FP8 slices of their own, before the others.
         lead: the first slice holds at most a quarter of a sequence's pages, because nothing hides its decoding; not in
             FP8, where a slice more costs more than that hides.
-        last: formats that come last; where there is no lead, the first slice has none of them, so that it can be
-            decoded before they are written.
+        last: formats that come last; where there is neither lead nor capacity, the first slice has none of them, so
+            that it can be decoded before they are written.
+        capacity: pages of all slices that lie in the scratch at once; slices of single sequences, of which two may
+            need more, may be as long. 0 if `pages` is the limit for all.
     """
 
     pages: int
@@ -73,6 +92,7 @@ class Room:
     fp8_formats: frozenset[int] = frozenset()
     lead: bool = False
     last: frozenset[int] = frozenset()
+    capacity: int = 0
 
     def of(self, fp8: bool) -> int:
         """Pages of a slice."""
@@ -163,14 +183,29 @@ def _sizes(room: Room, total: int, late: int, fp8: bool) -> list[int]:
     most, first = room.of(fp8), 0
     if room.lead and not fp8:
         first = min(most, total // 4) if total >= LEAD_PAGES else 0
+    elif total and room.capacity and not fp8:
+        return _even(total, _fewer_slices(total, room))
     elif late and total <= most:
         first = total - late
-    return [first] * (first > 0) + _even(total - first, most)
+    return [first] * (first > 0) + _even(total - first, _needed(total - first, most))
 
 
-def _even(total: int, most: int) -> list[int]:
-    """`total` in as few parts of at most `most` as can be, as even as can be."""
-    count = -(-total // most)
+def _fewer_slices(total: int, room: Room) -> int:
+    """Slices of `total` pages: what of two neighbours finds no room beside the other is decoded between them."""
+
+    def cost(count: int) -> int:
+        return count * (SLICE_PAGES + max(0, 2 * _needed(total, count) - room.capacity))
+
+    return min(range(_needed(total, room.capacity), _needed(total, room.pages) + 1), key=cost)
+
+
+def _needed(total: int, most: int) -> int:
+    """Parts of at most `most` that `total` takes."""
+    return -(-total // most)
+
+
+def _even(total: int, count: int) -> list[int]:
+    """`total` in `count` parts as even as can be."""
     return [total * (i + 1) // count - total * i // count for i in range(count)]
 
 
@@ -201,8 +236,8 @@ def _batched_slices(
         counts = [indptr[b + 1] - indptr[b] for b in members]
         for below, level in pairwise([0, *sorted({*counts} - {0})]):
             for some in _neighbours([count >= level for count in counts], room.of(fp8)):
-                most = room.of(fp8) // len(some)
-                for begin, end in pairwise(accumulate(_even(level - below, most), initial=below)):
+                sizes = _even(level - below, _needed(level - below, room.of(fp8) // len(some)))
+                for begin, end in pairwise(accumulate(sizes, initial=below)):
                     entries = [indptr[members[place]] + i for place in some for i in range(begin, end)]
                     made.append(Slice((_run(table, fmt, rope, _rows(table, entries), fp8),), some, fp8))
     return made

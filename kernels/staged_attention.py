@@ -62,8 +62,8 @@ def staged_attention(
     plan = remembered(table, ("plan", cu_seqlens_q, q.shape[1], q.dtype, rope, nbytes, fp8, keeps), build)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    decoder = Decoder(buffer, layouts, rope, q.dtype, workspace[: plan.scratch], plan.halves)
-    memory = workspace[plan.scratch :]
+    scratch, memory = workspace[: plan.scratch], workspace[plan.scratch :]
+    decoder = Decoder(buffer, layouts, rope, q.dtype, scratch, plan.halves, plan.capacity, plan.widest)
     batches = [
         _Batch(q, cohort, cu_seqlens_q, decoder, softmax_scale, memory, out, lse)
         for cohort in plan.cohorts
@@ -73,7 +73,7 @@ def staged_attention(
         if not batch.slices:
             batch.finish()
     work = [(batch, piece) for batch in batches for piece in batch.slices]
-    steps = [decoder.step(piece, layer) for _, piece in work]
+    steps = [decoder.step(piece, layer, written=i > 0) for i, (_, piece) in enumerate(work)]
     follow = _follow(work, decoder, layer, (id(table), cu_seqlens_q, fp8), lookahead)
     with closing(staged(steps, q.device, ahead=plan.halves, lookahead=lookahead, follow=follow)) as turns:
         for i, half in turns:
@@ -81,7 +81,8 @@ def staged_attention(
             batch.attend(piece, half)
             if piece is batch.slices[-1]:
                 batch.finish()
-    return out, lse
+    whole = batches[0].whole if len(batches) == 1 else None
+    return (out, lse) if whole is None else whole
 
 
 def _follow(
@@ -96,9 +97,14 @@ def _follow(
     if lookahead is None or not lookahead.goes_on((*call, layer), (*call, (layer - 1) % layers)) or not work:
         return None
     _, piece = work[0]
-    if any(decoder.layouts[run.fmt].format.is_dense for run in piece.runs):
+    if not decoder.capacity and any(decoder.layouts[run.fmt].format.is_dense for run in piece.runs):
         return None
-    return decoder.step(piece, (layer + 1) % layers)
+    return decoder.step(piece, (layer + 1) % layers, written=False)
+
+
+def _is_in_order(out: torch.Tensor) -> bool:
+    """Whether an output ``[batch, heads, tokens, head_dim]`` lies token by token."""
+    return out.transpose(1, 2).is_contiguous()
 
 
 class _Batch:
@@ -118,14 +124,17 @@ class _Batch:
         self.slices, self.part = cohort.slices, decoder.layouts[0].key
         first, size = cohort.sequences[0], len(cohort.sequences)
         tokens = cu_queries[first + 1] - cu_queries[first]
-        self.rows, self.whole = cohort.rows, (out, lse)
+        self.rows, self.target = cohort.rows, (out, lse)
         self.decoder, self.scale = decoder, scale
         self.q = q[self.rows].view(size, tokens, *q.shape[1:])
         if isinstance(self.rows, torch.Tensor):
-            out, lse = (x.new_empty((len(self.rows), *x.shape[1:])) for x in self.whole)
+            out, lse = (x.new_empty((len(self.rows), *x.shape[1:])) for x in self.target)
         else:
             out, lse = out[self.rows], lse[self.rows]
         self.result = out, lse
+        self.whole: tuple[torch.Tensor, torch.Tensor] | None = None
+        """The result of the call, if a dense kernel left it as it has to be."""
+        self.is_written = False
         shape = (size, tokens, self.part.heads, q.shape[1] // self.part.heads)
         self.partials = Partials(out.view(*shape, -1), lse.view(shape), memory)
         self.folded: torch.Tensor | None = None
@@ -135,15 +144,20 @@ class _Batch:
         """Attend to a slice that was decoded into a half of the scratch."""
         if piece.fp8:
             self._attend_fp8(piece, half)
+            return
+        out, lse = self._attend_dense(piece, half)
+        if len(self.slices) == 1 and out.transpose(1, 2).shape[1:] == self.target[0].shape and _is_in_order(out):
+            self.whole, self.is_written = (out[0].transpose(0, 1), lse[0].T), True
         else:
-            self.partials.add(*self._attend_dense(piece, half), piece.members)
+            self.partials.add(out, lse, piece.members)
 
     def finish(self) -> None:
         """Write output and log-sum-exp."""
-        self.partials.finish()
+        if not self.is_written:
+            self.partials.finish()
         if isinstance(self.rows, torch.Tensor):
-            for whole, mine in zip(self.whole, self.result, strict=True):
-                whole.index_copy_(0, self.rows, mine)
+            for target, mine in zip(self.target, self.result, strict=True):
+                target.index_copy_(0, self.rows, mine)
 
     def _attend_dense(self, piece: Slice, half: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.folded is None:
@@ -164,7 +178,10 @@ class _Batch:
         some = slice(piece.members.start * heads, piece.members.stop * heads)
         queries, scales = (x[some] for x in self.quantised)
         wanted = fp8_attention.num_splits(len(queries), queries.shape[1], scratch.num_keys, shape, queries.device)
-        out, lse = self.partials.slots(min(wanted, self.partials.num_slots), piece.members)
+        if wanted == len(self.slices) == 1:
+            (out, lse), self.is_written = (x[None] for x in self.result), True
+        else:
+            out, lse = self.partials.slots(min(wanted, self.partials.num_slots), piece.members)
         fp8_attention.attend(
             queries, scales, scratch, out, lse, heads=heads, softmax_scale=self.scale, shape=shape
         )  # fmt: skip

@@ -7,7 +7,6 @@ and repeated afterwards, which costs the host a fraction.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -39,6 +38,8 @@ class Decoder:
         dtype: of slices that are not FP8.
         scratch: 1-D uint8.
         halves: slices take the halves of the scratch in turns; otherwise all of it.
+        capacity: pages of the scratch, if slices take its two ends in turns instead, where they may overlap; else 0.
+        widest: most pages of a slice.
     """
 
     buffer: torch.Tensor
@@ -47,19 +48,44 @@ class Decoder:
     dtype: torch.dtype
     scratch: torch.Tensor
     halves: bool
+    capacity: int = 0
+    widest: int = 0
 
-    def step(self, piece: Slice, layer: int) -> Step:
-        """Decoding of `layer` of a slice."""
-        key = (id(piece), layer, self.buffer.data_ptr(), self.scratch.data_ptr(), self.dtype)
-        return Step(key, partial(self._decode, piece, layer))
+    def step(self, piece: Slice, layer: int, *, written: bool = True) -> Step:
+        """Decoding of `layer` of a slice; unless it is `written`, its unquantised pages are left to the end."""
+
+        def decode(half: int, stream: torch.cuda.Stream | None) -> None:
+            self._decode(piece, layer, half, (self._early(piece, half, written),), stream)
+
+        def complete(half: int) -> None:
+            early = self._early(piece, half, written)
+            self._decode(piece, layer, half, (range(early.start), range(early.stop, piece.count)), None)
+
+        key = (id(piece), layer, written, self.buffer.data_ptr(), self.scratch.data_ptr(), self.dtype)
+        return Step(key, decode, complete)
+
+    def _early(self, piece: Slice, half: int, written: bool) -> range:
+        """Pages that can be decoded while the slice before is attended to."""
+        if not self.capacity:
+            return range(piece.count)
+        free = min(self.capacity - self.widest, piece.count)
+        first, last = (piece.count - free, piece.count) if half else (0, free)
+        known = piece.count if written else sum(r.count for r in piece.runs if not self._is_dense(r.fmt))
+        return range(min(first, known), min(last, known))
+
+    def _is_dense(self, fmt: int) -> bool:
+        return self.layouts[fmt].format.is_dense
 
     def dense(self, piece: Slice, half: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a slice, ``[pages * tokens, heads, head_dim]``, member by member."""
         part = self.layouts[0].key
-        nbytes = piece.count * decoded_page_nbytes(part, self.dtype)
-        shape = (2, piece.count * part.tokens, part.heads, part.head_dim)
-        keys, values = self._memory(half)[:nbytes].view(self.dtype).view(shape)
-        return keys, values
+        memory, pages, first = self._memory(half), piece.count, 0
+        if self.capacity:
+            memory, pages, first = self.scratch, self.capacity, (self.capacity - piece.count) * half
+        nbytes = pages * decoded_page_nbytes(part, self.dtype)
+        keys, values = memory[:nbytes].view(self.dtype).view(2, pages * part.tokens, part.heads, part.head_dim)
+        some = slice(first * part.tokens, (first + piece.count) * part.tokens)
+        return keys[some], values[some]
 
     def fp8(self, piece: Slice, half: int) -> fp8_attention.Fp8Scratch:
         """Scratch of an FP8 slice."""
@@ -73,13 +99,18 @@ class Decoder:
         size = self.scratch.numel() // 2
         return self.scratch[size * half : size * (half + 1)] if self.halves else self.scratch
 
-    def _decode(self, piece: Slice, layer: int, half: int, stream: torch.cuda.Stream | None) -> None:
+    def _decode(
+        self, piece: Slice, layer: int, half: int, ranges: tuple[range, ...], stream: torch.cuda.Stream | None
+    ) -> None:
+        """Decode ranges of a slice's pages."""
+        ranges = tuple(filter(None, ranges))
         if self.buffer.device.type != "cuda":
-            self._launch(piece, layer, half)
+            self._launch(piece, layer, half, ranges)
             return
         from qvg_paged.kernels.launch import recorded  # noqa: PLC0415 - triton is only loaded where it is used
 
-        key = (layer, half, self.buffer.data_ptr(), self.scratch.data_ptr(), self.scratch.numel(), self.dtype)
+        where = (self.buffer.data_ptr(), self.scratch.data_ptr(), self.scratch.numel(), self.dtype)
+        key = (layer, half, ranges, *where)
         launches = piece.launches.get(key)
         if launches is not None:
             raw = (torch.cuda.current_stream(self.buffer.device) if stream is None else stream).cuda_stream
@@ -87,22 +118,20 @@ class Decoder:
                 repeat(raw)
             return
         with nullcontext() if stream is None else torch.cuda.stream(stream), recorded() as launches:
-            self._launch(piece, layer, half)
+            self._launch(piece, layer, half, ranges)
         piece.launches[key] = launches
 
-    def _launch(self, piece: Slice, layer: int, half: int) -> None:
+    def _launch(self, piece: Slice, layer: int, half: int, ranges: tuple[range, ...]) -> None:
         rope_layout = RoPELayout.INTERLEAVED if self.rope is None else self.rope.layout
-        if piece.fp8:
+        if piece.fp8 and ranges:
             scratch = self.fp8(piece, half)
             fp8_attention.decode_runs(scratch, self.buffer, piece.runs, tuple(self.layouts), layer, rope_layout)
             return
         keys, values = self.dense(piece, half)
-        begin = 0
-        for run in piece.runs:
+        for begin, run in (found for pages in ranges for found in piece.parts(pages)):
             layout = self.layouts[run.fmt]
-            tokens = slice(begin, begin + run.count * layout.key.tokens)
+            tokens = slice(begin * layout.key.tokens, (begin + run.count) * layout.key.tokens)
             decode_layer(
                 self.buffer, run.pages, run.codebooks, layout, layer, keys[tokens], values[tokens], rope=run.rope,
                 rope_layout=rope_layout,
             )  # fmt: skip
-            begin = tokens.stop

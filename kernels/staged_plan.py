@@ -1,7 +1,7 @@
 """How the staged path divides its workspace, and with that a call."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -9,8 +9,8 @@ import torch
 from qvg_paged.kernels import fp8_attention, staged_decode
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.errors import ArgumentError
-from qvg_paged.kernels.layout import GRANULE, PageLayout, align
-from qvg_paged.kernels.partials import slot_nbytes
+from qvg_paged.kernels.layout import GRANULE, PageLayout, PartLayout, align
+from qvg_paged.kernels.partials import PENDING, slot_nbytes
 from qvg_paged.kernels.rope import RoPESpec
 from qvg_paged.kernels.slices import Cohort, Room, cohorts
 from qvg_paged.kernels.staged_decode import decoded_page_nbytes
@@ -32,11 +32,18 @@ class Plan:
         cohorts: the slices.
         scratch: bytes of the workspace for decoded pages; what follows them is for partial results.
         halves: slices take the halves of the scratch in turns, so that one is decoded while another is attended to.
+        capacity: slices take the two ends of a scratch of so many pages in turns instead, if not 0.
     """
 
     cohorts: tuple[Cohort, ...]
     scratch: int
     halves: bool = False
+    capacity: int = 0
+
+    @property
+    def widest(self) -> int:
+        """Most pages of a slice."""
+        return max((piece.count for cohort in self.cohorts for piece in cohort.slices), default=0)
 
 
 def make_plan(
@@ -60,16 +67,28 @@ def make_plan(
     Raises:
         ArgumentError: the workspace is too small.
     """
-    part, together = layouts[0].key, _together(q.device)
-    page_nbytes = decoded_page_nbytes(part, q.dtype)
+    page_nbytes = decoded_page_nbytes(layouts[0].key, q.dtype)
     longest = q[: max(end - begin for begin, end in pairwise(cu_queries))]
+    together, ahead = _together(q.device), _together(q.device) and not keeps
+
+    def cut(room: Room, batched: bool) -> tuple[Cohort, ...]:
+        return cohorts(table, cu_queries, rope, replace(room, lead=ahead, last=_dense(table, layouts)), batched)
+
     formats = frozenset(f for f in table.groups if fp8 and fp8_attention.reads(layouts[f]))
-    alone = bool(formats) and len(longest) * q.shape[1] >= ALONE_ROWS * part.heads
+    alone = bool(formats) and len(longest) * q.shape[1] >= ALONE_ROWS * layouts[0].key.heads
     # Where the outputs of the whole batch find no room, its sequences go one after another, too.
     for batched, rows in [(True, q)] * (together and not alone) + [(False, longest)] * (together or fp8):
-        room, half = _halved_room(rows, table, layouts, nbytes, formats, keeps, table.batch if batched else 1)
+        room, half = _fp8_room(rows, layouts[0].key, nbytes, formats, table.batch if batched else 1)
         if room is not None:
-            return Plan(cohorts(table, cu_queries, rope, room, batched), 2 * half, halves=True)
+            return Plan(cut(room, batched), 2 * half, halves=True)
+        # A few slices of the same sequences are merged at once, without a running output.
+        for running in (0, running_nbytes(rows)) if together else ():
+            scratch = (nbytes - running) // GRANULE * GRANULE
+            capacity = max(0, scratch) // page_nbytes
+            if capacity > 1:
+                plan = Plan(cut(Room(capacity // 2, capacity=capacity), batched), scratch, True, capacity)
+                if running or all(map(_merged_at_once, plan.cohorts)):
+                    return plan
     if nbytes >= page_nbytes:
         plan = Plan(cohorts(table, cu_queries, rope, Room(nbytes // page_nbytes), together), nbytes)
         if all(len(cohort.slices) <= 1 for cohort in plan.cohorts):
@@ -88,31 +107,32 @@ def _together(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _halved_room(
-    q: torch.Tensor,
-    table: BlockTable,
-    layouts: Sequence[PageLayout],
-    nbytes: int,
-    formats: frozenset[int],
-    keeps: bool,
-    sequences: int,
-) -> tuple[Room | None, int]:
-    """Pages of a slice, and bytes of half the scratch, if decoding runs one ahead; None if a half holds no page.
+def _dense(table: BlockTable, layouts: Sequence[PageLayout]) -> frozenset[int]:
+    """Formats of unquantised pages."""
+    return frozenset(fmt for fmt in table.groups if layouts[fmt].format.is_dense)
 
-    `formats` go to FP8, as far as there is room for partial results.
+
+def _merged_at_once(cohort: Cohort) -> bool:
+    """Whether its partial results wait for each other without a running output."""
+    return len(cohort.slices) <= PENDING and len({piece.members for piece in cohort.slices}) <= 1
+
+
+def _fp8_room(
+    q: torch.Tensor, part: PartLayout, nbytes: int, formats: frozenset[int], sequences: int
+) -> tuple[Room | None, int]:
+    """Pages of a slice, and bytes of half the scratch, if `formats` go to FP8 and decoding runs one ahead.
+
+    None if there is no such format, no room for partial results, or none for a page in a half.
     """
-    part = layouts[0].key
     slot = slot_nbytes(q.shape[0] * q.shape[1], q.shape[2], q.dtype)
-    slots = min(SLOTS, nbytes // 4 // slot) if formats else 0
-    formats = formats if slots else frozenset()
+    slots = min(SLOTS, nbytes // 4 // slot)
     half = max(0, nbytes - running_nbytes(q) - slots * slot) // 2 // GRANULE * GRANULE
+    pages = half // decoded_page_nbytes(part, q.dtype)
     padding = fp8_attention.scratch_nbytes(sequences * part.heads, 1, part.head_dim, staged_decode.FP8_DTYPE)
-    fp8_pages = max(0, half - padding) // decoded_page_nbytes(part, staged_decode.FP8_DTYPE) if formats else 0
-    if half < decoded_page_nbytes(part, q.dtype) or (formats and not fp8_pages):
+    fp8_pages = max(0, half - padding) // decoded_page_nbytes(part, staged_decode.FP8_DTYPE)
+    if not (formats and slots and pages and fp8_pages):
         return None, half
-    dense = frozenset(f for f in table.groups if layouts[f].format.is_dense)
-    pages, lead = half // decoded_page_nbytes(part, q.dtype), _together(q.device) and not keeps
-    return Room(pages, fp8_pages, formats, lead, last=dense), half
+    return Room(pages, fp8_pages, formats), half
 
 
 def running_nbytes(q: torch.Tensor) -> int:

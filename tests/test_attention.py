@@ -1,3 +1,4 @@
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +10,12 @@ from tolerance import exact_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qvg_paged.kernels import staged_plan
+from qvg_paged.kernels import staged_attention, staged_plan
 from qvg_paged.kernels.attention import AttentionPath, attention_workspace_nbytes, paged_attention
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.errors import ArgumentError
 from qvg_paged.kernels.formats import DENSE, DENSE_CODEC, FORMATS, CentroidType
+from qvg_paged.kernels.lookahead import Lookahead, Step
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec
 
 MIXED = [*FORMATS.values(), replace(FORMATS["qvg4-int2"], name="dense-values", value=DENSE_CODEC)]
@@ -313,3 +315,34 @@ def test_a_table_with_an_unknown_format_is_refused() -> None:
     table = BlockTable((1,), (-1,), (3,), (0.0,), (0, 1), torch.device("cpu"))
     with pytest.raises(ArgumentError, match=r"^table: expected formats 0 to 0"):
         paged_attention(torch.randn(6, 2, 64), case.buffer, table, case.layouts, 0, cu_seqlens_q=[0, 6])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("pages", [4, 7, 12, 30])
+def test_slices_that_overlap_leave_alone_what_is_attended_to(
+    monkeypatch: pytest.MonkeyPatch, pages: int, first: int
+) -> None:
+    """Pages are decoded as early as a side stream may decode them: before attention to the slice before."""
+    decoded = []
+
+    def early(steps: Sequence[Step], *_: object, **__: object) -> Iterator[tuple[int, int]]:
+        steps[0].decode(first, None)
+        for i, step in enumerate(steps):
+            step.complete((first + i) % 2)
+            for following in steps[i + 1 : i + 2]:
+                following.decode((first + i + 1) % 2, None)
+            yield i, (first + i) % 2
+        decoded.append(len(steps))
+
+    monkeypatch.setattr(staged_plan, "_together", lambda _: True)
+    monkeypatch.setattr(staged_attention, "staged", early)
+    rope = RoPESpec(head_dim=64, grid=(4, 5))
+    case = build_case(MIXED, [[1] * 5 + [4] * 3 + [0] * 2], tokens=20, rope=rope)
+    q, cu = torch.randn(8, 4, 64), [0, 8]
+    workspace = torch.full((pages * 2 * 20 * 2 * 64 * 4 + q.numel() * 4,), 0xFF, dtype=torch.uint8)
+    out, lse = paged_attention(
+        q, case.buffer, case.table, case.layouts, 1,
+        cu_seqlens_q=cu, rope=rope, path=AttentionPath.STAGED, workspace=workspace, lookahead=Lookahead(),
+    )  # fmt: skip
+    case.check(q, cu, out, lse, 0.125)
+    assert decoded == [{4: 3, 7: 2, 12: 1, 30: 1}[pages]]
