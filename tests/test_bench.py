@@ -1,6 +1,7 @@
 """The benchmark: what it counts, that wrong results have no time, and that every part runs without a GPU."""
 
 import json
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +140,25 @@ def test_a_wrong_result_has_no_time_and_an_exception_stays_in_its_system(bench: 
     assert row["systems"]["broken"]["error"].startswith("RuntimeError: no such kernel (test_bench.py:")
     assert row["error"] is None
     assert rows.median_ms(row, "wrong", "broken") is None
+
+
+def test_systems_of_a_row_take_turns_and_one_that_fails_drops_out(bench: SimpleNamespace) -> None:
+    called: list[str] = []
+
+    def system(name: str, calls: float = float("inf")) -> Any:
+        def run(_: int) -> None:
+            if called.count(name) >= calls:
+                raise RuntimeError("no more")
+            called.append(name)
+
+        return bench.rows.System(name, run)
+
+    case = bench.rows.Case("attention", "a row", {}, lambda: iter([system("a"), system("b", 6)]), "a", turns=3)
+    row = bench.rows.run_case(case, bench.timing.Clock(CPU, seconds=0.0, least=3), ceilings(bench))
+    assert [name for name, _ in groupby(called)] == ["a", "b", "a", "b", "a"]
+    assert row["systems"]["a"]["timing"]["count"] == 9
+    assert row["systems"]["b"]["timing"] is None
+    assert row["systems"]["b"]["error"].startswith("RuntimeError: no more")
 
 
 def test_inputs_that_cannot_be_made_cost_their_row_only(bench: SimpleNamespace) -> None:

@@ -17,10 +17,11 @@ from bench.xformers_paged import paged_caches
 from qvg_paged.kernels import AttentionPath, BlockTable, Lookahead, paged_attention
 
 __all__ = [
-    "PATHS", "RELEASED_CUDNN", "RELEASED_FLASH", "AttentionShape", "attention_cases", "paged_call", "path_check",
-    "path_name", "scratch",
+    "PATHS", "RELEASED_CUDNN", "RELEASED_FLASH", "TURNS", "AttentionShape", "attention_cases", "paged_call",
+    "path_check", "path_name", "scratch",
 ]  # fmt: skip
 
+TURNS = 3
 FEW_QUERIES = 64
 SCRATCH_NBYTES = 256 << 20
 SCRATCH_MANY_HEADS_NBYTES = 1024 << 20
@@ -89,9 +90,8 @@ def attention_cases(bench: Bench) -> Iterator[Case]:
             "queries": shape.queries, "keys": list(spec.keys), "q_heads": shape.q_heads, "kv_heads": spec.heads,
             "head_dim": spec.head_dim, "format": spec.format, "rope_on_read": spec.rope, "page_tokens": spec.tokens,
         }  # fmt: skip
-        yield Case(
-            "attention", shape.name, about, _systems(bench, shape), CPU if bench.is_small else CUDNN, shape.bounds
-        )
+        baseline = CPU if bench.is_small else CUDNN
+        yield Case("attention", shape.name, about, _systems(bench, shape), baseline, shape.bounds, TURNS)
 
 
 def _shapes(bench: Bench) -> Iterator[AttentionShape]:

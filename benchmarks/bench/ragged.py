@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bench.attention import PATHS, AttentionShape, paged_call, path_check, path_name, scratch
+from bench.attention import PATHS, TURNS, AttentionShape, paged_call, path_check, path_name, scratch
 from bench.gate import AttentionGate
 from bench.history import History, HistorySpec, sub_table
 from bench.rows import Case, System
@@ -31,7 +31,8 @@ def ragged_cases(bench: Bench) -> Iterator[Case]:
     name = f"{len(spec.frames)} streams of different lengths, {queries:,} queries each"
     bounds = ("ragged against single calls", "ragged against equal streams")
     yield Case(
-        "attention", name, about, _ragged_systems(bench, queries, spec, even), path_name(AttentionPath.AUTO), bounds
+        "attention", name, about, _ragged_systems(bench, queries, spec, even), path_name(AttentionPath.AUTO), bounds,
+        TURNS,
     )
 
 

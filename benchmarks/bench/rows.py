@@ -4,13 +4,15 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
 
 from bench.roofline import Ceilings, Work
-from bench.timing import Clock, Timing
+from bench.timing import Clock, Samples, Timing
 
 __all__ = ["Case", "Gate", "System", "median_ms", "run_case"]
 
@@ -72,6 +74,8 @@ class Case:
         systems: makes the contenders one after another; the first named `baseline` is what the plot's bars refer to.
         baseline: name of a system.
         bounds: names of `bench.bounds.BOUNDS` that this row counts for.
+        turns: the contenders are timed in so many turns, as a device that gets warm gets slower; 1 for one after
+            another, each made when the one before is gone.
     """
 
     part: str
@@ -80,6 +84,7 @@ class Case:
     systems: Callable[[], Iterable[System]]
     baseline: str
     bounds: tuple[str, ...] = ()
+    turns: int = 1
 
 
 def median_ms(row: dict[str, Any], *systems: str) -> float | None:
@@ -97,17 +102,26 @@ def run_case(case: Case, clock: Clock, ceilings: Ceilings) -> dict[str, Any]:
         "part": case.part, "name": case.name, "shape": case.shape, "baseline": case.baseline,
         "bounds": list(case.bounds), "systems": {}, "error": None,
     }  # fmt: skip
+    waiting: list[System] = []
     try:
         for system in case.systems():
-            row["systems"][system.name] = _measure(system, clock, ceilings)
+            found = row["systems"][system.name] = _checked(system, ceilings)
+            if found["error"] is None and case.turns > 1:
+                waiting.append(system)
+            elif found["error"] is None:
+                _time([system], row, clock)
     except Exception as error:
         row["error"] = _told(error)
+    _time(waiting, row, replace(clock, seconds=clock.seconds / case.turns), case.turns)
+    waiting.clear()
     gc.collect()
     row["seconds"] = round(time.monotonic() - start, 2)
     return row
 
 
-def _measure(system: System, clock: Clock, ceilings: Ceilings) -> dict[str, Any]:
+def _checked(system: System, ceilings: Ceilings) -> dict[str, Any]:
+    """A system's part of a row, without times; with an error if it failed its gate."""
+    start = time.monotonic()
     found: dict[str, Any] = {
         "ours": system.ours, "timing": None, "gate": None, "error": None, "notes": system.notes,
         **_least(system.work, ceilings),
@@ -118,12 +132,30 @@ def _measure(system: System, clock: Clock, ceilings: Ceilings) -> dict[str, Any]
                 gate = system.check(system.run(0))
                 found["gate"] = asdict(gate)
                 if not gate.passed:
-                    return {**found, "error": f"wrong: error {gate.error:.3g}, allowed {gate.allowed:.3g}"}
-            time_by = clock.wall_time if system.wall else clock.device_time
-            timing = system.timing or time_by(system.run, system.sets)
+                    found["error"] = f"wrong: error {gate.error:.3g}, allowed {gate.allowed:.3g}"
     except Exception as error:
-        return {**found, "error": _told(error)}
-    return {**found, "timing": asdict(timing), **_rates(timing, system.work, found)}
+        found["error"] = _told(error)
+    found["gate_seconds"] = round(time.monotonic() - start, 2)  # kernels are compiled here
+    return found
+
+
+def _time(systems: list[System], row: dict[str, Any], clock: Clock, turns: int = 1) -> None:
+    """Time systems in turns; an error costs its system only."""
+    samples: dict[str, list[Samples]] = {system.name: [] for system in systems}
+    for system in systems * turns:
+        found = row["systems"][system.name]
+        if found["error"] is None and system.timing is None:
+            try:
+                with torch.no_grad():
+                    time_by = clock.wall_samples if system.wall else clock.device_samples
+                    samples[system.name].append(time_by(system.run, system.sets))
+            except Exception as error:
+                found["error"] = _told(error)
+    for system in systems:
+        found = row["systems"][system.name]
+        if found["error"] is None:
+            timing = system.timing or reduce(add, samples[system.name]).timing()
+            found |= {"timing": asdict(timing), **_rates(timing, system.work, found)}
 
 
 def _least(work: Work | None, ceilings: Ceilings) -> dict[str, Any]:

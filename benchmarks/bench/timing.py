@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SLEEP_HERTZ", "Clock", "Timing", "quantile", "summary"]
+__all__ = ["SLEEP_HERTZ", "Clock", "Samples", "Timing", "quantile", "summary"]
 
 Call = Callable[[int], Any]
 SLEEP_HERTZ = 2e9
@@ -35,6 +35,28 @@ class Timing:
     p90_ms: float
     count: int
     host_us: float | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Times of single calls.
+
+    Attributes:
+        milliseconds: of each.
+        host: seconds the host spent in each before it returned; None where that is the whole call.
+    """
+
+    milliseconds: list[float]
+    host: list[float] | None = None
+
+    def __add__(self, more: "Samples") -> "Samples":
+        """Both of the same system."""
+        host = None if self.host is None or more.host is None else self.host + more.host
+        return Samples(self.milliseconds + more.milliseconds, host)
+
+    def timing(self) -> Timing:
+        """Median and spread."""
+        return summary(self.milliseconds, self.host)
 
 
 def quantile(sorted_values: list[float], share: float) -> float:
@@ -74,8 +96,16 @@ class Clock:
 
     def device_time(self, run: Call, sets: int = 1) -> Timing:
         """Time on the device from a call's first launch to its last; on a CPU, wall time."""
+        return self.device_samples(run, sets).timing()
+
+    def wall_time(self, run: Call, sets: int = 1) -> Timing:
+        """Time from a call until the device is done with it, one call at a time."""
+        return self.wall_samples(run, sets).timing()
+
+    def device_samples(self, run: Call, sets: int = 1) -> Samples:
+        """As `device_time`, every call."""
         if self.device.type != "cuda":
-            return self.wall_time(run, sets)
+            return self.wall_samples(run, sets)
         count, host = self._rehearse(run, sets)
         events = [(_event(), _event()) for _ in range(count)]
         costs = []
@@ -87,10 +117,10 @@ class Clock:
             costs.append(time.perf_counter() - before)
             end.record()
         self.synchronize()
-        return summary([start.elapsed_time(end) for start, end in events], costs)
+        return Samples([start.elapsed_time(end) for start, end in events], costs)
 
-    def wall_time(self, run: Call, sets: int = 1) -> Timing:
-        """Time from a call until the device is done with it, one call at a time."""
+    def wall_samples(self, run: Call, sets: int = 1) -> Samples:
+        """As `wall_time`, every call."""
         count, _ = self._rehearse(run, sets)
         times = []
         for number in range(count):
@@ -99,7 +129,7 @@ class Clock:
             run(number % sets)
             self.synchronize()
             times.append((time.perf_counter() - before) * 1e3)
-        return summary(times)
+        return Samples(times)
 
     def _rehearse(self, run: Call, sets: int) -> tuple[int, float]:
         """Warm up; how many calls to time, and seconds the host spends in one."""
