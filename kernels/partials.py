@@ -23,13 +23,14 @@ class Partials:
         out: ``[sequences, tokens, kv_heads, group, head_dim]``, contiguous: where the result goes.
         lse: ``[sequences, tokens, kv_heads, group]`` float32, contiguous: its log-sum-exp.
         memory: 1-D uint8; room for a float32 output, then for slots. May be empty if there is one piece only.
+        running: there is room for that output; without it at most `PENDING` pieces of the same sequences are added.
     """
 
-    def __init__(self, out: torch.Tensor, lse: torch.Tensor, memory: torch.Tensor) -> None:
+    def __init__(self, out: torch.Tensor, lse: torch.Tensor, memory: torch.Tensor, *, running: bool = True) -> None:
         self.out, self.lse = out, lse
         self._members = range(len(out))
         self._pieces: list[Piece] = []
-        size = slot_nbytes(lse.numel(), out.shape[-1], torch.float32)
+        size = slot_nbytes(lse.numel(), out.shape[-1], torch.float32) if running else 0
         self._memory = memory[:size]
         self._running: Piece | None = None
         self._slots = memory[size:]

@@ -65,7 +65,7 @@ def staged_attention(
     scratch, memory = workspace[: plan.scratch], workspace[plan.scratch :]
     decoder = Decoder(buffer, layouts, rope, q.dtype, scratch, plan.halves, plan.capacity, plan.widest)
     batches = [
-        _Batch(q, cohort, cu_seqlens_q, decoder, softmax_scale, memory, out, lse)
+        _Batch(q, cohort, cu_seqlens_q, decoder, softmax_scale, memory, plan.running, out, lse)
         for cohort in plan.cohorts
         if cu_seqlens_q[cohort.sequences[0]] < cu_seqlens_q[cohort.sequences[0] + 1]
     ]
@@ -118,6 +118,7 @@ class _Batch:
         decoder: Decoder,
         scale: float,
         memory: torch.Tensor,
+        running: bool,
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
@@ -136,7 +137,7 @@ class _Batch:
         """The result of the call, if a dense kernel left it as it has to be."""
         self.is_written = False
         shape = (size, tokens, self.part.heads, q.shape[1] // self.part.heads)
-        self.partials = Partials(out.view(*shape, -1), lse.view(shape), memory)
+        self.partials = Partials(out.view(*shape, -1), lse.view(shape), memory, running=running)
         self.folded: torch.Tensor | None = None
         self.quantised: tuple[torch.Tensor, torch.Tensor] | None = None
 

@@ -18,10 +18,12 @@ from qvg_paged.kernels.staged_decode import decoded_page_nbytes
 __all__ = ["SLOTS", "Plan", "make_plan", "running_nbytes"]
 
 SLOTS = 4
-"""Partial results of FP8 attention that are kept at once, if they fit a quarter of the workspace."""
+"""Partial results of FP8 attention that are kept at once, if they fit a third of the workspace."""
 ALONE_ROWS = 512
 """From this many query rows a KV head on, a sequence goes through FP8 alone: shares of its keys fill the machine, and a
 batch would only make slices short and partial results large (8 sequences of 1,560 queries took 36 % longer)."""
+DENSE_ALONE_ROWS = 4096
+"""The same for dense kernels, whose blocks of query rows fill the machine later."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Plan:
         scratch: bytes of the workspace for decoded pages; what follows them is for partial results.
         halves: slices take the halves of the scratch in turns, so that one is decoded while another is attended to.
         capacity: slices take the two ends of a scratch of so many pages in turns instead, if not 0.
+        running: what follows the scratch begins with room for a running output.
     """
 
     cohorts: tuple[Cohort, ...]
     scratch: int
     halves: bool = False
     capacity: int = 0
+    running: bool = True
 
     @property
     def widest(self) -> int:
@@ -67,7 +71,7 @@ def make_plan(
     Raises:
         ArgumentError: the workspace is too small.
     """
-    page_nbytes = decoded_page_nbytes(layouts[0].key, q.dtype)
+    part, page_nbytes = layouts[0].key, decoded_page_nbytes(layouts[0].key, q.dtype)
     longest = q[: max(end - begin for begin, end in pairwise(cu_queries))]
     together, ahead = _together(q.device), _together(q.device) and not keeps
 
@@ -75,19 +79,23 @@ def make_plan(
         return cohorts(table, cu_queries, rope, replace(room, lead=ahead, last=_dense(table, layouts)), batched)
 
     formats = frozenset(f for f in table.groups if fp8 and fp8_attention.reads(layouts[f]))
-    alone = bool(formats) and len(longest) * q.shape[1] >= ALONE_ROWS * layouts[0].key.heads
+    alone = len(longest) * q.shape[1] >= (ALONE_ROWS if formats else DENSE_ALONE_ROWS) * part.heads
     # Where the outputs of the whole batch find no room, its sequences go one after another, too.
     for batched, rows in [(True, q)] * (together and not alone) + [(False, longest)] * (together or fp8):
-        room, half = _fp8_room(rows, layouts[0].key, nbytes, formats, table.batch if batched else 1)
-        if room is not None:
-            return Plan(cut(room, batched), 2 * half, halves=True)
-        # A few slices of the same sequences are merged at once, without a running output.
+        # Few partial results of the same sequences are merged at once, without a running output.
+        for running in (0, running_nbytes(rows)):
+            room, half, slots = _fp8_room(rows, part, nbytes - running, formats, table.batch if batched else 1)
+            if room is not None:
+                plan = Plan(cut(room, batched), 2 * half, halves=True, running=running > 0)
+                if running or all(_merged_at_once(cohort, q, cu_queries, part, slots) for cohort in plan.cohorts):
+                    return plan
         for running in (0, running_nbytes(rows)) if together else ():
             scratch = (nbytes - running) // GRANULE * GRANULE
             capacity = max(0, scratch) // page_nbytes
             if capacity > 1:
-                plan = Plan(cut(Room(capacity // 2, capacity=capacity), batched), scratch, True, capacity)
-                if running or all(map(_merged_at_once, plan.cohorts)):
+                room = Room(capacity // 2, capacity=capacity)
+                plan = Plan(cut(room, batched), scratch, True, capacity, running=running > 0)
+                if running or all(_merged_at_once(cohort, q, cu_queries, part) for cohort in plan.cohorts):
                     return plan
     if nbytes >= page_nbytes:
         plan = Plan(cohorts(table, cu_queries, rope, Room(nbytes // page_nbytes), together), nbytes)
@@ -112,27 +120,39 @@ def _dense(table: BlockTable, layouts: Sequence[PageLayout]) -> frozenset[int]:
     return frozenset(fmt for fmt in table.groups if layouts[fmt].format.is_dense)
 
 
-def _merged_at_once(cohort: Cohort) -> bool:
-    """Whether its partial results wait for each other without a running output."""
-    return len(cohort.slices) <= PENDING and len({piece.members for piece in cohort.slices}) <= 1
+def _merged_at_once(
+    cohort: Cohort, q: torch.Tensor, cu_queries: tuple[int, ...], part: PartLayout, slots: int = 0
+) -> bool:
+    """Whether all partial results of a cohort can wait for each other, those in FP8 in so many slots."""
+    first, group = cohort.sequences[0], q.shape[1] // part.heads
+    rows = (cu_queries[first + 1] - cu_queries[first]) * group
+    fp8 = sum(
+        fp8_attention.num_splits(
+            len(piece.members) * part.heads, rows, piece.count // len(piece.members) * part.tokens,
+            fp8_attention.launch_shape(part.head_dim), q.device,
+        )
+        for piece in cohort.slices if piece.fp8
+    )  # fmt: skip
+    others = sum(not piece.fp8 for piece in cohort.slices)
+    return fp8 <= slots and fp8 + others <= PENDING and len({piece.members for piece in cohort.slices}) <= 1
 
 
 def _fp8_room(
     q: torch.Tensor, part: PartLayout, nbytes: int, formats: frozenset[int], sequences: int
-) -> tuple[Room | None, int]:
-    """Pages of a slice, and bytes of half the scratch, if `formats` go to FP8 and decoding runs one ahead.
+) -> tuple[Room | None, int, int]:
+    """Pages of a slice, bytes of half the scratch and slots, if `formats` go to FP8 and decoding runs one ahead.
 
     None if there is no such format, no room for partial results, or none for a page in a half.
     """
     slot = slot_nbytes(q.shape[0] * q.shape[1], q.shape[2], q.dtype)
-    slots = min(SLOTS, nbytes // 4 // slot)
-    half = max(0, nbytes - running_nbytes(q) - slots * slot) // 2 // GRANULE * GRANULE
+    slots = min(SLOTS, nbytes // 3 // slot)
+    half = max(0, nbytes - slots * slot) // 2 // GRANULE * GRANULE
     pages = half // decoded_page_nbytes(part, q.dtype)
     padding = fp8_attention.scratch_nbytes(sequences * part.heads, 1, part.head_dim, staged_decode.FP8_DTYPE)
     fp8_pages = max(0, half - padding) // decoded_page_nbytes(part, staged_decode.FP8_DTYPE)
     if not (formats and slots and pages and fp8_pages):
-        return None, half
-    return Room(pages, fp8_pages, formats), half
+        return None, half, slots
+    return Room(pages, fp8_pages, formats), half, slots
 
 
 def running_nbytes(q: torch.Tensor) -> int:
