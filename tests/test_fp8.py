@@ -155,6 +155,7 @@ def test_queries_and_keys_of_zeros_give_the_mean_of_the_values() -> None:
 
 
 def test_e4m3_costs_what_its_three_mantissa_bits_explain() -> None:
+    torch.manual_seed(0)  # of 150 seeds one ends at 0.081
     case = build_case([OURS], [[0] * 4], tokens=64, device=DEVICE)
     q = torch.randn(1, 32, 2, 64, device=DEVICE)
     exact, exact_lse = exact_attention(q[0], *case.history(0), 0.125)
