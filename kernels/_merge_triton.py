@@ -76,57 +76,59 @@ def _merge_row_kernel(
 
 
 @triton.jit
-def _offset(sequence, token, head, member, strides):
-    return (
-        sequence.to(tl.int64) * strides[0] + token.to(tl.int64) * strides[1] + head * strides[2] + member * strides[3]
-    )
+def _start(sequence, head, member, strides):
+    """Where the rows of a head begin."""
+    return sequence * strides[0] + head * strides[2] + member * strides[3]
 
 
 @triton.jit
-def _sum(sums, i: tl.constexpr, sequence, token, head, member, strides, inside, count):
+def _sum(sums, i: tl.constexpr, sequence, head, member, token, strides, inside, count):
     """Log-sum-exp of piece `i`; -inf if it is not one of the first `count`."""
-    at = _offset(sequence, token, head, member, strides[i]) // UNIT
+    at = (_start(sequence, head, member, strides[i]) + token * strides[i][1]) // UNIT
     return tl.load(sums[i] + at, mask=inside & (i + tl.zeros_like(token) < count), other=float("-inf"))
 
 
-@triton.jit(do_not_specialize=["lse", "count", "rows", "tokens", "heads", "group"])
+@triton.jit(do_not_specialize=["lse", "count", "tokens", "heads", "group"])
 def _merge_pieces_kernel(
-    out, lse, pieces, sums, strides, sum_strides, count, rows, tokens, heads, group,
+    out, lse, pieces, sums, strides, sum_strides, count, tokens, heads, group,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Merge the first `count` of `MOST` pieces."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    """Merge the first `count` of `MOST` pieces for some tokens of a head: where rows lie is reckoned once for all."""
+    query_head, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, member = (query_head // group).to(tl.int64), (query_head % group).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     channel = tl.arange(0, HEAD_DIM)
-    inside = row < rows
-    query = row // (heads * group)
-    sequence, token, head, member = query // tokens, query % tokens, row // group % heads, row % group
+    inside = token < tokens
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     for i in tl.static_range(MOST):
-        top = tl.maximum(top, _sum(sums, i, sequence, token, head, member, sum_strides, inside, count))
+        top = tl.maximum(top, _sum(sums, i, sequence, head, member, token, sum_strides, inside, count))
     reference = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros([BLOCK], tl.float32)
     merged = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
     for i in tl.static_range(MOST):  # no load waits for another's sum
-        weight = tl.exp(_sum(sums, i, sequence, token, head, member, sum_strides, inside, count) - reference)
-        at = _offset(sequence, token, head, member, strides[i])[:, None] + channel[None, :]
-        part = tl.load(pieces[i] + at, mask=(weight > 0.0)[:, None], other=0.0).to(tl.float32)
-        merged += part * weight[:, None]
-        total += weight
+        if i < count:
+            weight = tl.exp(_sum(sums, i, sequence, head, member, token, sum_strides, inside, count) - reference)
+            first = pieces[i] + _start(sequence, head, member, strides[i])
+            at = (token * strides[i][1])[:, None] + channel[None, :]
+            part = tl.load(first + at, mask=(weight > 0.0)[:, None], other=0.0).to(tl.float32)
+            merged += part * weight[:, None]
+            total += weight
     empty = total == 0.0
     merged = merged / tl.where(empty, 1.0, total)[:, None]
-    at = row.to(tl.int64)[:, None] * HEAD_DIM + channel[None, :]
+    row = (sequence * tokens + token) * (heads * group) + query_head
+    at = row[:, None] * HEAD_DIM + channel[None, :]
     tl.store(out + at, merged.to(out.dtype.element_ty), mask=inside[:, None])
     tl.store(lse + row, tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total))), mask=inside)
 
 
 def merge_pieces(pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], out: torch.Tensor, lse: torch.Tensor) -> None:
     """Launch; arguments as in `qvg_paged.kernels.merge.merge_pieces`, at most `MOST_PIECES` pieces."""
-    rows, (_, tokens, heads, group, dim) = lse.numel(), out.shape
+    sequences, tokens, heads, group, dim = out.shape
     outs, sums = zip(*pieces, *[pieces[-1]] * (MOST_PIECES - len(pieces)), strict=True)  # one kernel for any number
     launch(
-        _merge_pieces_kernel, (triton.cdiv(rows, BLOCK_ROWS),),
+        _merge_pieces_kernel, (triton.cdiv(tokens, BLOCK_ROWS), heads * group, sequences),
         out, lse, outs, sums, _strides(outs, 1), _strides(sums, UNIT.value),
-        len(pieces), rows, tokens, heads, group, HEAD_DIM=dim, BLOCK=BLOCK_ROWS, MOST=MOST_PIECES,
+        len(pieces), tokens, heads, group, HEAD_DIM=dim, BLOCK=BLOCK_ROWS, MOST=MOST_PIECES,
     )  # fmt: skip
 
 

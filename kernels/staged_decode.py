@@ -104,6 +104,8 @@ class Decoder:
     ) -> None:
         """Decode ranges of a slice's pages."""
         ranges = tuple(filter(None, ranges))
+        if not ranges:
+            return
         if self.buffer.device.type != "cuda":
             self._launch(piece, layer, half, ranges)
             return
@@ -123,7 +125,7 @@ class Decoder:
 
     def _launch(self, piece: Slice, layer: int, half: int, ranges: tuple[range, ...]) -> None:
         rope_layout = RoPELayout.INTERLEAVED if self.rope is None else self.rope.layout
-        if piece.fp8 and ranges:
+        if piece.fp8:
             scratch = self.fp8(piece, half)
             fp8_attention.decode_runs(scratch, self.buffer, piece.runs, tuple(self.layouts), layer, rope_layout)
             return
