@@ -124,25 +124,27 @@ def _merge_pieces_kernel(
 def merge_pieces(pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], out: torch.Tensor, lse: torch.Tensor) -> None:
     """Launch; arguments as in `qvg_paged.kernels.merge.merge_pieces`, at most `MOST_PIECES` pieces."""
     sequences, tokens, heads, group, dim = out.shape
-    outs, sums = zip(*pieces, *[pieces[-1]] * (MOST_PIECES - len(pieces)), strict=True)  # one kernel for any number
+    outs, sums = zip(*pieces, strict=True)
+    more = MOST_PIECES - len(pieces)  # one kernel for any number
     launch(
         _merge_pieces_kernel, (triton.cdiv(tokens, BLOCK_ROWS), heads * group, sequences),
-        out, lse, outs, sums, _strides(outs, 1), _strides(sums, UNIT.value),
-        len(pieces), tokens, heads, group, HEAD_DIM=dim, BLOCK=BLOCK_ROWS, MOST=MOST_PIECES,
+        out, lse, (*outs, *[outs[-1]] * more), (*sums, *[sums[-1]] * more), _strides(outs, 1),
+        _strides(sums, UNIT.value), len(pieces), tokens, heads, group, HEAD_DIM=dim, BLOCK=BLOCK_ROWS, MOST=MOST_PIECES,
     )  # fmt: skip
 
 
 def _strides(tensors: Sequence[torch.Tensor], unit: int) -> tuple[tuple[int, ...], ...]:
+    """Strides times `unit`, 0 where there is nowhere to step to; the last as often as it takes."""
     return _multiples(tuple((x.shape[:4], x.stride()[:4]) for x in tensors), unit)
 
 
 @lru_cache(maxsize=1024)
 def _multiples(shapes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], unit: int) -> tuple[tuple[int, ...], ...]:
-    """Strides times `unit`; 0 where there is nowhere to step to."""
-    return tuple(
+    made = [
         tuple(step * unit if size > 1 else 0 for size, step in zip(shape, strides, strict=True))
         for shape, strides in shapes
-    )
+    ]
+    return (*made, *made[-1:] * (MOST_PIECES - len(made)))
 
 
 def merge_partials(partials: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
