@@ -7,6 +7,7 @@ quantised pages are decoded to and attended in E4M3, unquantised ones in the que
 
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import pairwise
 
 import torch
 
@@ -64,8 +65,9 @@ def staged_attention(
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     scratch, memory = workspace[: plan.scratch], workspace[plan.scratch :]
     decoder = Decoder(buffer, layouts, rope, q.dtype, scratch, plan.halves, plan.capacity, plan.widest)
+    queries = _Fp8Queries(q, cu_seqlens_q, decoder)
     batches = [
-        _Batch(q, cohort, cu_seqlens_q, decoder, softmax_scale, memory, plan.running, out, lse)
+        _Batch(q, cohort, cu_seqlens_q, decoder, queries, softmax_scale, memory, plan.running, out, lse)
         for cohort in plan.cohorts
         if cu_seqlens_q[cohort.sequences[0]] < cu_seqlens_q[cohort.sequences[0] + 1]
     ]
@@ -102,6 +104,31 @@ def _follow(
     return decoder.step(piece, (layer + 1) % layers, written=False)
 
 
+class _Fp8Queries:
+    """E4M3 queries of a call: those of all sequences at once, if they have as many and cohorts take them in order."""
+
+    def __init__(self, q: torch.Tensor, cu_queries: tuple[int, ...], decoder: Decoder) -> None:
+        counts = {end - begin for begin, end in pairwise(cu_queries)}
+        self.every = q.view(len(cu_queries) - 1, -1, *q.shape[1:]) if len(counts) == 1 else None
+        self.decoder = decoder
+        self._made: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(
+        self, q: torch.Tensor, sequences: tuple[int, ...], layout: PartLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those ``[sequences, tokens, q_heads, head_dim]`` of some sequences, for keys of a layout."""
+        rope, heads, dtype = self.decoder.rope, layout.heads, staged_decode.FP8_DTYPE
+        paired = layout.split_pairs if rope is None else rope.layout is RoPELayout.INTERLEAVED
+        first, count = sequences[0], len(sequences)
+        if self.every is None or sequences != tuple(range(first, first + count)):
+            return fp8_attention.quantise_queries(q, heads, paired, dtype)
+        if paired not in self._made:
+            self._made[paired] = fp8_attention.quantise_queries(self.every, heads, paired, dtype)
+        some = slice(first * heads, (first + count) * heads)
+        queries, scales = self._made[paired]
+        return queries[some], scales[some]
+
+
 def _is_in_order(out: torch.Tensor) -> bool:
     """Whether an output ``[batch, heads, tokens, head_dim]`` lies token by token."""
     return out.transpose(1, 2).is_contiguous()
@@ -116,6 +143,7 @@ class _Batch:
         cohort: Cohort,
         cu_queries: tuple[int, ...],
         decoder: Decoder,
+        fp8_queries: "_Fp8Queries",
         scale: float,
         memory: torch.Tensor,
         running: bool,
@@ -127,6 +155,7 @@ class _Batch:
         tokens = cu_queries[first + 1] - cu_queries[first]
         self.rows, self.target = cohort.rows, (out, lse)
         self.decoder, self.scale = decoder, scale
+        self.sequences, self.fp8_queries = cohort.sequences, fp8_queries
         self.q = q[self.rows].view(size, tokens, *q.shape[1:])
         if isinstance(self.rows, torch.Tensor):
             out, lse = (x.new_empty((len(self.rows), *x.shape[1:])) for x in self.target)
@@ -171,10 +200,7 @@ class _Batch:
     def _attend_fp8(self, piece: Slice, half: int) -> None:
         scratch = self.decoder.fp8(piece, half)
         if self.quantised is None:
-            rope = self.decoder.rope
-            layout = self.decoder.layouts[piece.runs[0].fmt].key
-            paired = layout.split_pairs if rope is None else rope.layout is RoPELayout.INTERLEAVED
-            self.quantised = fp8_attention.quantise_queries(self.q, self.part.heads, paired, staged_decode.FP8_DTYPE)
+            self.quantised = self.fp8_queries.of(self.q, self.sequences, self.decoder.layouts[piece.runs[0].fmt].key)
         shape, heads = fp8_attention.launch_shape(self.part.head_dim), self.part.heads
         some = slice(piece.members.start * heads, piece.members.stop * heads)
         queries, scales = (x[some] for x in self.quantised)
