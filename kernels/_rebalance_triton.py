@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from qvg_paged.kernels._encode_triton import SpanPlaces
-from qvg_paged.kernels._span_plan import MOMENT_TOKENS, cdiv
+from qvg_paged.kernels._span_plan import SAMPLE_RUN, cdiv, sample_size, sample_stride
 from qvg_paged.kernels._span_torch import centroid_resolution
 from qvg_paged.kernels._spread_triton import pairings_of
 from qvg_paged.kernels._tokens_triton import COUNTS, RowGroup, read_tokens, rounded_to_bf16
@@ -16,18 +16,18 @@ __all__ = ["rebalance"]
 REBALANCE = ["books_ptr", "first_row", "heads", "span_tokens", "runs", "balance_offset", "pairings", "split"]
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "stride"])
 def _left_kernel(
     energies_ptr, x_ptr, starts_ptr, inverse_ptr, ids_ptr, centroids_ptr, first_row, rows, heads, frames, frame_tokens,
-    span_tokens, num_centroids, token_stride, head_stride, D: tl.constexpr, T: tl.constexpr, RUN: tl.constexpr,
-    STAGES: tl.constexpr,
+    span_tokens, num_centroids, token_stride, head_stride, stride, D: tl.constexpr, T: tl.constexpr,
+    RUN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums of squares of one run of tokens: of what is left of them after all stages, and of what was smoothed."""
+    """Sums of squares over a run of every `stride`-th token: of what all stages leave, and of what was smoothed."""
     run, row = tl.program_id(0), tl.program_id(1)
     left = tl.zeros((T, D), tl.float64)
     whole = tl.zeros((T, D), tl.float64)
-    for first in tl.range(run * RUN, tl.minimum((run + 1) * RUN, span_tokens), T):
-        token = first + tl.arange(0, T)
+    for place in tl.range(0, RUN, T):
+        token = (run * RUN + place + tl.arange(0, T)) * stride
         inside = token < span_tokens
         x = read_tokens(
             x_ptr, starts_ptr, inverse_ptr, ids_ptr, centroids_ptr, row, token, inside, first_row, rows, heads, frames,
@@ -90,19 +90,20 @@ def rebalance(group: RowGroup, places: SpanPlaces) -> torch.Tensor:
     assert group.inverse is not None
     tokens, layout = group.tokens, places.layouts[0]
     rows, dim, device = len(group.rows), tokens.head_dim, group.ids.device
-    runs = cdiv(tokens.span_tokens, MOMENT_TOKENS)
+    count = sample_size(tokens.span_tokens)
+    runs = cdiv(count, SAMPLE_RUN)
     energies = torch.empty((rows, runs, 2, dim), dtype=torch.float64, device=device)
     launch(
         _left_kernel, (runs, rows),
-        energies, *group.arguments, D=dim, T=max(1, 2048 // dim), RUN=MOMENT_TOKENS, STAGES=layout.codec.stages,
-        num_warps=4,
+        energies, *group.arguments, sample_stride(tokens.span_tokens), D=dim, T=max(1, 2048 // dim), RUN=SAMPLE_RUN,
+        STAGES=layout.codec.stages, num_warps=4,
     )  # fmt: skip
     factor = torch.empty((rows, dim), dtype=torch.float32, device=device)
     pairings, split = pairings_of(places.layouts)
     launch(
         _rebalance_kernel, (rows,),
         group.inverse, factor, places.buffer, places.books, energies, group.rows.start, tokens.heads,
-        tokens.span_tokens, runs, layout.plane("balance").offset, centroid_resolution(layout.codec.centroid_type),
+        count, runs, layout.plane("balance").offset, centroid_resolution(layout.codec.centroid_type),
         torch.finfo(torch.bfloat16).tiny, pairings, split, D=dim, num_warps=4,
     )  # fmt: skip
     return factor

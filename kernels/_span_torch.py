@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from qvg_paged.kernels import reference
+from qvg_paged.kernels._span_plan import sample_stride
 from qvg_paged.kernels.formats import BalanceRule, CentroidType, Codec
 from qvg_paged.kernels.kmeans import Centroids, fit, round_centroids, seed_rows
 from qvg_paged.kernels.layout import PartLayout
@@ -80,7 +81,7 @@ def _encode_group(
         balance = _spread(residual, layout.pairing, codec)
         layout.plane("balance").view(buffer, codebook_offset)[owned] = _stored(balance, layout)
         _divide(residual, balance)
-    energy = _energy(residual) if codec.is_rebalanced else None
+    energy = _energy(_sample(residual)) if codec.is_rebalanced else None
     ids = torch.empty((codec.stages, heads, len(x)), dtype=torch.uint8, device=x.device) if given is None else given
     found = []
     for stage in range(codec.stages):
@@ -141,6 +142,11 @@ def _divide(residual: torch.Tensor, balance: torch.Tensor) -> None:
         residual[:, some] = (residual[:, some].float() * inverse[:, None]).to(residual.dtype)
 
 
+def _sample(x: torch.Tensor) -> torch.Tensor:
+    """The tokens of ``[heads, tokens, head_dim]`` that `BalanceRule.RESIDUAL` looks at."""
+    return x[:, :: sample_stride(x.shape[1])]
+
+
 def _energy(x: torch.Tensor) -> torch.Tensor:
     """Sums of squares of the channels, ``[heads, head_dim]`` float64."""
     total = sum(x[:, some].double().square_().sum(1) for some in _slices(x))
@@ -155,14 +161,15 @@ def _rebalanced(
 
     Args:
         residual: what smoothing left of the tensor as it was divided by `balance`.
-        energy: of the tensor that was smoothed, as `_energy` says.
+        energy: of the sampled tokens of the tensor that was smoothed, as `_energy` says.
         balance: what it was divided by, ``[heads, head_dim]`` bfloat16; kept where nothing was left.
         layout: pairing, and how finely centroids are stored: what is left is taken to be no smaller than what
             rounding a centroid once more may leave.
     """
-    left = _energy(residual)
+    some = _sample(residual)
+    left = _energy(some)
     least = energy * centroid_resolution(layout.codec.centroid_type) ** 2
-    mean = _paired(torch.where(left > 0, torch.maximum(left, least), 0.0), layout.pairing) / residual.shape[1]
+    mean = _paired(torch.where(left > 0, torch.maximum(left, least), 0.0), layout.pairing) / some.shape[1]
     wide = (mean.sqrt().float() * balance.float()).to(torch.bfloat16)
     return torch.where(wide > torch.finfo(torch.bfloat16).tiny, wide, balance)
 
@@ -189,6 +196,7 @@ def _spread(x: torch.Tensor, pairing: RoPELayout | None, codec: Codec) -> torch.
     spread the dtype cannot resolve beside the channel's mean counts as zero, and zero becomes 1. Summed in float64:
     the rounded result is the same on every device.
     """
+    x = _sample(x) if codec.is_rebalanced else x
     tokens = x.shape[1]
     mean = sum(x[:, some].sum(1, dtype=torch.float64) for some in _slices(x)) / tokens
     assert isinstance(mean, torch.Tensor)

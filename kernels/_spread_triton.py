@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qvg_paged.kernels._span_plan import MOMENT_TOKENS, cdiv
+from qvg_paged.kernels._span_plan import MOMENT_TOKENS, SAMPLE_RUN, cdiv, sample_size, sample_stride
 from qvg_paged.kernels._span_torch import OUTLIER, spread_resolution
 from qvg_paged.kernels._tokens_triton import COUNTS, SpanTokens, load_tile, load_tokens, rounded_to_bf16
 from qvg_paged.kernels.formats import BalanceRule
@@ -38,6 +38,34 @@ def _moments_kernel(
             x_ptr, starts_ptr, first_row + row, tile, heads, frames, frame_tokens, token_stride, head_stride, D, T
         )  # fmt: skip
         x = x.to(tl.float64)
+        x = tl.where(inside[:, None], x - origin, 0.0)
+        total += x
+        squares += x * x
+    out = moments_ptr + (row * tl.num_programs(0) + run) * 3 * D + tl.arange(0, D)
+    tl.store(out, tl.sum(total, 0))
+    tl.store(out + D, tl.sum(squares, 0))
+    tl.store(out + 2 * D, tl.sum(origin, 0))
+
+
+@triton.jit(do_not_specialize=[*MOMENTS, "span_tokens", "stride"])
+def _sampled_moments_kernel(
+    moments_ptr, x_ptr, starts_ptr, first_row, heads, frames, frame_tokens, token_stride, head_stride, span_tokens,
+    stride, D: tl.constexpr, T: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """The same of every `stride`-th token of the span, `RUN` of these in a run."""
+    run, row = tl.program_id(0), tl.program_id(1)
+    first = tl.arange(0, 1)
+    origin = load_tokens(
+        x_ptr, starts_ptr, first_row + row, first, first == 0, heads, frames, frame_tokens, token_stride, head_stride, D
+    ).to(tl.float64)  # [1, D]
+    total = tl.zeros((T, D), tl.float64)
+    squares = tl.zeros((T, D), tl.float64)
+    for place in tl.range(0, RUN, T):
+        token = (run * RUN + place + tl.arange(0, T)) * stride
+        inside = token < span_tokens
+        x = load_tokens(
+            x_ptr, starts_ptr, first_row + row, token, inside, heads, frames, frame_tokens, token_stride, head_stride, D
+        ).to(tl.float64)
         x = tl.where(inside[:, None], x - origin, 0.0)
         total += x
         squares += x * x
@@ -108,27 +136,46 @@ def write_spread(
         books: ``[tensors]`` int64 on the device: byte of the pool at which the codebook part starts.
         group: rows.
     """
-    dim, device = tokens.head_dim, buffer.device
-    size = max(1, 2048 // dim)
-    runs = cdiv(tokens.frames * cdiv(tokens.frame_tokens, size), MOMENT_TOKENS // size)
-    moments = torch.empty((len(group), runs, 3, dim), dtype=torch.float64, device=device)
+    dim, device, codec = tokens.head_dim, buffer.device, layouts[0].codec
+    moments, count = _sampled_moments(tokens, group) if codec.is_rebalanced else _moments(tokens, group)
     inverse = torch.empty((len(group), dim), dtype=torch.float32, device=device)
-    launch(
-        _moments_kernel, (runs, len(group)),
-        moments, tokens.base, tokens.starts, group.start, tokens.heads, tokens.frames, tokens.frame_tokens,
-        tokens.token_stride, tokens.head_stride, D=dim, T=size, RUN=MOMENT_TOKENS,
-        num_warps=4,
-    )  # fmt: skip
     pairings, split = pairings_of(layouts)
-    codec = layouts[0].codec
     launch(
         _spread_kernel, (len(group),),
-        inverse, buffer, books, moments, group.start, tokens.heads, tokens.span_tokens, runs,
+        inverse, buffer, books, moments, group.start, tokens.heads, count, moments.shape[1],
         layouts[0].plane("balance").offset, spread_resolution(tokens.base.dtype), torch.finfo(torch.bfloat16).tiny,
         pairings, split, D=dim, RULE=2 if codec.is_rebalanced else int(codec.balance_rule is BalanceRule.ROOT),
         OUTLIER=OUTLIER, num_warps=4,
     )  # fmt: skip
     return inverse
+
+
+def _moments(tokens: SpanTokens, group: range) -> tuple[torch.Tensor, int]:
+    """Moments of every run of tokens, ``[rows, runs, 3, head_dim]``, and how many tokens they are of."""
+    dim = tokens.head_dim
+    size = max(1, 2048 // dim)
+    runs = cdiv(tokens.frames * cdiv(tokens.frame_tokens, size), MOMENT_TOKENS // size)
+    moments = torch.empty((len(group), runs, 3, dim), dtype=torch.float64, device=tokens.base.device)
+    launch(
+        _moments_kernel, (runs, len(group)),
+        moments, tokens.base, tokens.starts, group.start, tokens.heads, tokens.frames, tokens.frame_tokens,
+        tokens.token_stride, tokens.head_stride, D=dim, T=size, RUN=MOMENT_TOKENS, num_warps=4,
+    )  # fmt: skip
+    return moments, tokens.span_tokens
+
+
+def _sampled_moments(tokens: SpanTokens, group: range) -> tuple[torch.Tensor, int]:
+    """The same of the sampled tokens."""
+    dim, count = tokens.head_dim, sample_size(tokens.span_tokens)
+    runs = cdiv(count, SAMPLE_RUN)
+    moments = torch.empty((len(group), runs, 3, dim), dtype=torch.float64, device=tokens.base.device)
+    launch(
+        _sampled_moments_kernel, (runs, len(group)),
+        moments, tokens.base, tokens.starts, group.start, tokens.heads, tokens.frames, tokens.frame_tokens,
+        tokens.token_stride, tokens.head_stride, tokens.span_tokens, sample_stride(tokens.span_tokens),
+        D=dim, T=max(1, 2048 // dim), RUN=SAMPLE_RUN, num_warps=4,
+    )  # fmt: skip
+    return moments, count
 
 
 def pairings_of(layouts: tuple[PartLayout, ...]) -> tuple[int, int]:

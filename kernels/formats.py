@@ -86,7 +86,7 @@ class BalanceRule(Enum):
     RESIDUAL = "residual"
     """The spread of what smoothing leaves: every channel then meets the grid at its best size, and centroids are placed
     where the tensor itself needs them. While they are, only outliers are divided, by what brings them to four times the
-    median. Without stages as `SPREAD`."""
+    median. Long spans are judged by a sample of their tokens. Without stages as `SPREAD`."""
 
 
 class CentroidType(Enum):

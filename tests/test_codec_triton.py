@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qvg_paged.kernels import _span_plan
 from qvg_paged.kernels.backend import Backend
 from qvg_paged.kernels.codec import EncodedSpan, decode_span, encode_span
 from qvg_paged.kernels.decode import decode_layer, decode_pages
@@ -36,6 +37,7 @@ from qvg_paged.kernels.span import SpanEncoding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QVG4 = get_format("qvg4-int2").key
+BEST = get_format("best-2bit")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [  # codec, tokens per frame, frames, heads, head_dim, split
     (QVG, 37, 2, 2, 64, True),
@@ -110,6 +112,19 @@ def test_launchers_and_twins_agree_bit_for_bit(case: int, dtype: torch.dtype) ->
     assert agree(decoded(twin, Backend.TORCH, dtype), decoded(twin, Backend.TRITON, dtype))
 
 
+def test_both_paths_take_the_same_sample_of_a_long_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_span_plan, "SAMPLE_TOKENS", 20)
+    x = awkward(3 * 37, 2, 64, torch.float16).to(DEVICE)
+    codec = replace(BEST.key, num_centroids=5)
+    extra = {name: value.to(DEVICE) for name, value in given(x.cpu(), codec).items()}
+    spans = [
+        encode_span(x, codec, tokens_per_frame=37, pairing=RoPELayout.INTERLEAVED, backend=backend, **extra)  # type: ignore[arg-type]
+        for backend in (Backend.TORCH, Backend.TRITON)
+    ]
+    assert _span_plan.sample_stride(3 * 37) == 5
+    assert torch.equal(spans[0].buffer, spans[1].buffer)
+
+
 def test_the_kernels_compile_for_hopper_once_per_codec() -> None:
     """Neither the group of heads, nor the first page of a run, nor the layer makes another variant."""
     script = Path(__file__).parent / "compile_codec.py"
@@ -122,9 +137,9 @@ def test_the_kernels_compile_for_hopper_once_per_codec() -> None:
     assert all(row["shared"] <= 227 * 1024 and max(row["grid"][1:], default=1) < 1 << 16 for row in compiled)
     variants = Counter((row["kernel"], row["codec"], row["dtype"], row["head_dim"]) for row in compiled)
     assert {kernel for kernel, *_ in variants} == {
-        "_moments_kernel", "_spread_kernel", "_seed_kernel", "_assign_kernel", "_sum_kernel", "sum_kernel",
-        "_mean_kernel", "_left_kernel", "_rebalance_kernel", "_round_kernel", "_book_kernel",
-        "_pack_kernel", "_decode_kernel", "_dense_kernel",
+        "_moments_kernel", "_sampled_moments_kernel", "_spread_kernel", "_seed_kernel", "_assign_kernel",
+        "_sum_kernel", "sum_kernel", "_mean_kernel", "_left_kernel", "_rebalance_kernel", "_round_kernel",
+        "_book_kernel", "_pack_kernel", "_decode_kernel", "_dense_kernel",
     }  # fmt: skip
     for (kernel, codec, dtype, dim), count in variants.items():
         every_stage = codec == "qvg-pro" and kernel in ("_seed_kernel", "_assign_kernel", "_sum_kernel")
@@ -213,7 +228,6 @@ def test_both_paths_cluster_equally_well(codec: Codec) -> None:
     assert errors[1] == pytest.approx(errors[0], rel=0.01)
 
 
-BEST = get_format("best-2bit")
 AS_MANY = PageFormat(
     name="as many", key=replace(BEST.key, num_centroids=8), value=replace(BEST.value, tokens_per_centroid=10)
 )
