@@ -1,4 +1,4 @@
-"""Attention of at most 16 query rows to 2-bit pages, one warp a program: a Gluon kernel for tensor cores of sm_89 on.
+"""Attention of at most 16 query rows to 2-bit pages: a Gluon kernel for tensor cores of sm_89 on.
 
 No K or V is decoded: codes go from the page to the tensor cores (`_few_operands_gluon`), and centroids only meet what
 was computed or summed per centroid (`_query_tables_triton`, `_few_shared_gluon`):
@@ -9,6 +9,10 @@ was computed or summed per centroid (`_query_tables_triton`, `_few_shared_gluon`
 A program walks groups of 16 code rows, which are 64 tokens of one page. Scores have queries as rows, the output has
 channels as rows: what a lane holds of the first is what it needs for the second, and nothing crosses lanes. While a
 group is attended, its values are on their way, and so are the keys of the next one.
+
+The warps of a program walk parts of its share without waiting for each other; they have a table of scores in common
+and meet in the end to add up what each has. Whatever follows from `warp_number` differs from warp to warp, though
+every layout says that warps are copies of each other: nothing but `_few_shared_gluon` may move data between them.
 """
 
 from triton.experimental import gluon
@@ -20,12 +24,14 @@ from qvg_paged.kernels._few_operands_gluon import (
     BLOCK,
     CENTROIDS,
     MMA,
+    WARPS,
     as_ids,
     as_scales,
     columns,
     key_operand,
     pair_values,
     row_operand,
+    scaled_columns,
     value_operand,
 )
 from qvg_paged.kernels._few_shared_gluon import (
@@ -33,11 +39,13 @@ from qvg_paged.kernels._few_shared_gluon import (
     SLACK,
     add_weights,
     allocate,
-    read_scores,
+    meet,
+    read_floats,
     rescale,
-    settle,
     stage,
+    warp_number,
     weights_of,
+    write_floats,
 )
 
 __all__ = ["few_queries_kernel"]
@@ -84,15 +92,10 @@ def _scores(query, keys, known, PLACE: gl.constexpr, BLOCKS: gl.constexpr, ROWS:
 
 
 @gluon.jit
-def _look_up(table, words, ROWS: gl.constexpr, STAGED: gl.constexpr, LIKE: gl.constexpr):
+def _look_up(scores, words, ROWS: gl.constexpr, LIKE: gl.constexpr):
     """Scores ``[ROWS, 16]`` of the centroids of tokens."""
-    ids = as_ids(words, gl.SliceLayout(0, LIKE))
-    if STAGED:
-        known = read_scores(table, ids, ROWS, LIKE)
-    else:
-        row = gl.arange(0, ROWS, gl.SliceLayout(1, LIKE))
-        known = gl.load((table + row)[:, None] + ids[None, :] * ROWS)
-    return known
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, LIKE))
+    return read_floats((scores + row * 4)[:, None] + as_ids(words, gl.SliceLayout(0, LIKE))[None, :] * (4 * ROWS))
 
 
 @gluon.jit
@@ -105,11 +108,23 @@ def _cut(scores, first, stride, inside, PLACE: gl.constexpr):
 
 
 @gluon.jit
+def _add_tiles(acc, tiles, weights):
+    return (
+        mma_v2(tiles[0], weights, acc[0]), mma_v2(tiles[1], weights, acc[1]),
+        mma_v2(tiles[2], weights, acc[2]), mma_v2(tiles[3], weights, acc[3]),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _times(acc, factor):
+    return acc[0] * factor, acc[1] * factor, acc[2] * factor, acc[3] * factor
+
+
+@gluon.jit
 def _add_place(acc, sums, weights, paired, words, PLACE: gl.constexpr):
-    scaled = columns(weights * as_scales(words, gl.SliceLayout(0, weights.type.layout))[None, :], gl.float16)
+    scaled = scaled_columns(weights, words)
     ones = gl.full([16, 16], 4.0**PLACE * 2.0**-24, gl.float16, gl.DotOperandLayout(0, MMA, 2))
-    acc = mma_v2(value_operand(paired, PLACE), scaled, acc)
-    return acc, mma_v2(ones, scaled, sums)
+    return _add_tiles(acc, value_operand(paired, PLACE), scaled), mma_v2(ones, scaled, sums)
 
 
 @gluon.jit
@@ -124,7 +139,7 @@ def _add_block(acc, sums, weights, even, odd, scales):
 
 @gluon.jit
 def _load_centroids(table, first, num_centroids, BLOCKS: gl.constexpr):
-    """A block of 16 rows of a codebook as the operand ``[channels, 16]``."""
+    """A block of 16 rows of a codebook as operands ``[16 channels, 16]``."""
     row = first + gl.arange(0, 16, gl.SliceLayout(1, CENTROIDS))
     channel = gl.arange(0, BLOCK, gl.SliceLayout(0, CENTROIDS))
     row = gl.minimum(row, num_centroids - 1)
@@ -132,34 +147,77 @@ def _load_centroids(table, first, num_centroids, BLOCKS: gl.constexpr):
 
 
 @gluon.jit
+def _reference(base, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The highest reference ``[ROWS]`` of all warps."""
+    at = base + gl.arange(0, ROWS, LAYOUT) * 4
+    top = read_floats(at)
+    for warp in gl.static_range(1, WARPS):
+        top = gl.maximum(top, read_floats(at + warp * (4 * ROWS)))
+    return top
+
+
+@gluon.jit
+def _keep(base, warp, top, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """What the weights of a warp are worth by the reference of all."""
+    return gl.exp2(read_floats(base + warp * (4 * ROWS) + gl.arange(0, ROWS, LAYOUT) * 4) - top)
+
+
+@gluon.jit
 def _add_centroids(
-    acc_a, acc_b, sums, centroids, num_centroids, UNIT_OUT: gl.constexpr, BLOCKS: gl.constexpr, ROWS: gl.constexpr
+    acc_a, acc_b, base, warp, centroids, num_centroids, UNIT_OUT: gl.constexpr, BLOCKS: gl.constexpr, ROWS: gl.constexpr
 ):  # fmt: skip
-    """Add centroids, each times the weight it has gathered."""
+    """Add every `WARPS`-th block of centroids, each times the weight it has gathered from all warps."""
     LAYOUT: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
-    sums = settle(sums)
-    for many in range(0, num_centroids, 64):
-        for part in gl.static_range(4):
-            first = many + 16 * part
-            weights = weights_of(sums, first, ROWS, LAYOUT) * (UNIT_OUT * 2.0 ** (3 - FRACTION_BITS))
-            weights = weights.to(gl.bfloat16)
-            acc_a = mma_v2(_load_centroids(centroids, first, num_centroids, BLOCKS), weights, acc_a)
-            if BLOCKS == 2:
-                acc_b = mma_v2(_load_centroids(centroids + BLOCK, first, num_centroids, BLOCKS), weights, acc_b)
+    LINE: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    top = _reference(base, ROWS, LINE)
+    for first in range(16 * warp, num_centroids, 16 * WARPS):
+        weights = gl.zeros([16, ROWS], gl.float32, LAYOUT)
+        for other in gl.static_range(WARPS):
+            sums = base + (other + 1) * (1024 * ROWS)
+            weights += weights_of(sums, first, ROWS, LAYOUT) * _keep(base, other, top, ROWS, LINE)[None, :]
+        weights = (weights * (UNIT_OUT * 2.0 ** (3 - FRACTION_BITS))).to(gl.bfloat16)
+        acc_a = _add_tiles(acc_a, _load_centroids(centroids, first, num_centroids, BLOCKS), weights)
+        if BLOCKS == 2:
+            acc_b = _add_tiles(acc_b, _load_centroids(centroids + BLOCK, first, num_centroids, BLOCKS), weights)
     return acc_a, acc_b
 
 
 @gluon.jit
-def _store(acc, sums, balance, total, at, live, partials, UNIT_OUT: gl.constexpr, OFFSET: gl.constexpr,
-           BALANCED: gl.constexpr, BLOCK_ID: gl.constexpr, BLOCKS: gl.constexpr):  # fmt: skip
-    place = gl.arange(0, BLOCK, gl.SliceLayout(1, MMA))
-    channel = BLOCK_ID * BLOCK + place % 8 * (BLOCK // 8) + place // 8
+def _hand_over(region, acc, sums, OFFSET: gl.constexpr, BLOCK_ID: gl.constexpr, LINE: gl.constexpr):
+    """Write a block of outputs, what the grid's offset adds included."""
     offsets = gl.max(sums, 0) * OFFSET  # rows of `sums` are equal
-    out = (acc + offsets[None, :]) * ((1.0 / UNIT_OUT) / total)[None, :]
+    ROWS: gl.constexpr = sums.shape[1]
+    at = gl.arange(0, 16, gl.SliceLayout(1, MMA))[:, None] * 4
+    at += (region + BLOCK_ID * (4 * BLOCK) + gl.arange(0, ROWS, gl.SliceLayout(0, MMA)) * (4 * LINE))[None, :]
+    for tile in gl.static_range(4):
+        write_floats(at + 64 * tile, acc[tile] + offsets[None, :])
+
+
+@gluon.jit
+def _store(
+    partials, partial_lse, base, balance, slot, query0, row0, live_rows, rows, heads, group, head,
+    UNIT_OUT: gl.constexpr, BALANCED: gl.constexpr, ROWS: gl.constexpr, BLOCKS: gl.constexpr, LINE: gl.constexpr,
+):  # fmt: skip
+    """Store the sum of what warps have handed over."""
+    OUT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
+    RUN: gl.constexpr = gl.SliceLayout(1, OUT)
+    row, channel = gl.arange(0, ROWS, RUN), gl.arange(0, BLOCKS * BLOCK, gl.SliceLayout(0, OUT))
+    top, total = _reference(base, ROWS, RUN), gl.zeros([ROWS], gl.float32, RUN)
+    out = gl.zeros([ROWS, BLOCKS * BLOCK], gl.float32, OUT)
+    place = channel // BLOCK * BLOCK + channel % 8 * 8 + channel % BLOCK // 8
+    for warp in gl.static_range(WARPS):
+        total += read_floats(base + (WARPS + warp) * (4 * ROWS) + row * 4) * _keep(base, warp, top, ROWS, RUN)
+        region = base + (warp + 1) * (1024 * ROWS)
+        out += read_floats((region + row * (4 * LINE))[:, None] + (place * 4)[None, :])
+    out *= ((1.0 / UNIT_OUT) / total)[:, None]
     if BALANCED:
-        out *= gl.load(balance + channel).to(gl.float32)[:, None]
-    at = at[None, :] * (BLOCKS * BLOCK) + channel[:, None]
-    gl.store(partials + at, out, mask=live[None, :] & (channel[:, None] >= 0))
+        out *= gl.load(balance + channel).to(gl.float32)[None, :]
+    query_row, live = row0 + row, row < live_rows
+    where = (slot.to(gl.int64) * rows + (query0 + query_row // group)) * (heads * group)
+    where += head * group + query_row % group
+    gl.store(partial_lse + where, (top - 3.0 + gl.log2(total)) * LN_2, mask=live)
+    at = where[:, None] * (BLOCKS * BLOCK) + channel[None, :]
+    gl.store(partials + at, out, mask=live[:, None] & (channel[None, :] >= 0))
 
 
 @gluon.jit(
@@ -172,7 +230,6 @@ def few_queries_kernel(  # noqa: PLR0915 - one loop whose state stays in registe
     VALUE: gl.constexpr, BLOCKS: gl.constexpr, ROWS: gl.constexpr, ALIGNED: gl.constexpr,
 ):  # fmt: skip
     """Program (share, KV head); `BLOCKS` of channels a head."""
-    STAGED: gl.constexpr = ROWS == 8  # with 16 rows, scores in shared memory leave too little of it to eight warps
     head = gl.program_id(1)
     item = items + gl.program_id(0) * ITEM
     table_id, book, entry = gl.load(item), gl.load(item + 1).to(gl.int64) * UNIT, gl.load(item + 2)
@@ -183,6 +240,26 @@ def few_queries_kernel(  # noqa: PLR0915 - one loop whose state stays in registe
     RUN: gl.constexpr = gl.SliceLayout(1, LIKE)
     LINE: gl.constexpr = gl.SliceLayout(0, LIKE)
     row = gl.arange(0, ROWS, RUN)
+    base, warp = allocate(slot, ROWS), warp_number(slot)
+    weights_by_id = base + (warp + 1) * (1024 * ROWS)
+    begin = count * warp // WARPS
+    count = count * (warp + 1) // WARPS - begin
+
+    none = gl.zeros([16, ROWS], gl.float32, MMA)
+    acc_a, acc_b = (none, none, none, none), (none, none, none, none)
+    sums_a, sums_b = gl.zeros([16, ROWS], gl.float32, MMA), gl.zeros([16, ROWS], gl.float32, MMA)
+    top, total = gl.full([ROWS], float("-inf"), gl.float32, RUN), gl.zeros([ROWS], gl.float32, RUN)
+    groups = (tokens // TILE) * 4 + (tokens % TILE + 63) // 64
+    group_id += begin
+    entry += group_id // groups
+    group_id %= groups
+    last = entry + gl.maximum(group_id + count - 1, 0) // groups
+    page = gl.load(pages + entry).to(gl.int64) * UNIT
+    entry = gl.minimum(entry + 1, last)
+    page_after = gl.load(pages + entry).to(gl.int64) * UNIT
+    codes_a, codes_b, ids, scales_a, scales_b = load_keys(
+        buffer, page, key_part, head, tokens, group_id, ALIGNED, BLOCKS
+    )  # fmt: skip
     table = tables + (table_id * heads + head).to(gl.int64) * table_floats
     halves = (table + key_part.num_centroids * ROWS).to(gl.pointer_type(gl.float16))
     factors = table + key_part.num_centroids * ROWS + 16 * BLOCKS * BLOCK // 2
@@ -192,30 +269,16 @@ def few_queries_kernel(  # noqa: PLR0915 - one loop whose state stays in registe
         query_b, starts_b = _load_query(halves, 1, BLOCKS), gl.load(factors + 2 * ROWS + row)
     query = (query_a, query_b, starts_a, starts_b)
     log2_unit = gl.load(factors + row)  # log2 of a weight per unit of score
-    weights_by_id = allocate(slot, ROWS, STAGED)
-    if STAGED:
-        table = stage(weights_by_id, table, key_part.num_centroids, ROWS)
-
-    acc_a, acc_b = gl.zeros([BLOCK, ROWS], gl.float32, MMA), gl.zeros([BLOCK, ROWS], gl.float32, MMA)
-    sums_a, sums_b = gl.zeros([16, ROWS], gl.float32, MMA), gl.zeros([16, ROWS], gl.float32, MMA)
-    top, total = gl.full([ROWS], float("-inf"), gl.float32, RUN), gl.zeros([ROWS], gl.float32, RUN)
-    groups = (tokens // TILE) * 4 + (tokens % TILE + 63) // 64
-    last = entry + (group_id + count - 1) // groups
-    page = gl.load(pages + entry).to(gl.int64) * UNIT
-    entry = gl.minimum(entry + 1, last)
-    page_after = gl.load(pages + entry).to(gl.int64) * UNIT
-    codes_a, codes_b, ids, scales_a, scales_b = load_keys(
-        buffer, page, key_part, head, tokens, group_id, ALIGNED, BLOCKS
-    )  # fmt: skip
+    base = stage(base, table, key_part.num_centroids, ROWS)
     UNIT_OUT: gl.constexpr = 2.0**-24 / VALUE.step
     ONE: gl.constexpr = 2.0 ** (FRACTION_BITS - 3)
-    for _ in range(count):
+    for done in range(count):
         here = group_id
         even_a, even_b, odd_a, odd_b, value_ids, value_scales_a, value_scales_b = load_values(
             buffer, page, value_part, head, tokens, here, ALIGNED, BLOCKS
         )
-        known0, known1 = _look_up(table, ids[0], ROWS, STAGED, LIKE), _look_up(table, ids[1], ROWS, STAGED, LIKE)
-        known2, known3 = _look_up(table, ids[2], ROWS, STAGED, LIKE), _look_up(table, ids[3], ROWS, STAGED, LIKE)
+        known0, known1 = _look_up(base, ids[0], ROWS, LIKE), _look_up(base, ids[1], ROWS, LIKE)
+        known2, known3 = _look_up(base, ids[2], ROWS, LIKE), _look_up(base, ids[3], ROWS, LIKE)
         group_id += 1
         if group_id == groups:
             group_id = 0
@@ -240,41 +303,51 @@ def few_queries_kernel(  # noqa: PLR0915 - one loop whose state stays in registe
             keep = gl.exp2(top - raised)
             total *= keep
             top = raised
-            weights_by_id = rescale(weights_by_id, keep, value_part.num_centroids, ROWS, LIKE)
-            spread = gl.convert_layout(keep, gl.SliceLayout(0, MMA))[None, :]
-            acc_a *= spread
-            sums_a *= spread
-            if BLOCKS == 2:
-                acc_b *= spread
-                sums_b *= spread
+            if done > 0:
+                weights_by_id = rescale(weights_by_id, keep, value_part.num_centroids, ROWS, LIKE)
+                spread = gl.convert_layout(keep, gl.SliceLayout(0, MMA))[None, :]
+                acc_a, sums_a = _times(acc_a, spread), sums_a * spread
+                if BLOCKS == 2:
+                    acc_b, sums_b = _times(acc_b, spread), sums_b * spread
         # Times 8 / 4^place: with its scale, that of a code at this place.
         w0 = gl.exp2(s0 * log2_unit[:, None] - (top - 3.0)[:, None])
         w1 = gl.exp2(s1 * log2_unit[:, None] - (top - 1.0)[:, None])
         w2 = gl.exp2(s2 * log2_unit[:, None] - (top + 1.0)[:, None])
         w3 = gl.exp2(s3 * log2_unit[:, None] - (top + 3.0)[:, None])
         total += gl.sum((w0 + w1 * 4.0) + (w2 * 16.0 + w3 * 64.0), 1)
-        add_weights(weights_by_id, w0 * ONE, as_ids(value_ids[0], LINE), ROWS)
-        add_weights(weights_by_id, w1 * (ONE * 4.0), as_ids(value_ids[1], LINE), ROWS)
-        add_weights(weights_by_id, w2 * (ONE * 16.0), as_ids(value_ids[2], LINE), ROWS)
-        add_weights(weights_by_id, w3 * (ONE * 64.0), as_ids(value_ids[3], LINE), ROWS)
-        acc_a, sums_a = _add_block(acc_a, sums_a, (w0, w1, w2, w3), even_a, odd_a, value_scales_a)
+        add_weights(weights_by_id, w0, ONE, as_ids(value_ids[0], LINE), ROWS)
+        add_weights(weights_by_id, w1, ONE * 4.0, as_ids(value_ids[1], LINE), ROWS)
+        add_weights(weights_by_id, w2, ONE * 16.0, as_ids(value_ids[2], LINE), ROWS)
+        add_weights(weights_by_id, w3, ONE * 64.0, as_ids(value_ids[3], LINE), ROWS)
+        weights = (columns(w0), columns(w1), columns(w2), columns(w3))
+        acc_a, sums_a = _add_block(acc_a, sums_a, weights, even_a, odd_a, value_scales_a)
         if BLOCKS == 2:
-            acc_b, sums_b = _add_block(acc_b, sums_b, (w0, w1, w2, w3), even_b, odd_b, value_scales_b)
+            acc_b, sums_b = _add_block(acc_b, sums_b, weights, even_b, odd_b, value_scales_b)
 
+    base = meet(base)
+    write_floats(base + warp * (4 * ROWS) + row * 4, top)
+    write_floats(base + (WARPS + warp) * (4 * ROWS) + row * 4, total)
+    base = meet(base)
+    ACROSS: gl.constexpr = gl.SliceLayout(0, MMA)
+    spread = _keep(base, warp, _reference(base, ROWS, ACROSS), ROWS, ACROSS)[None, :]
+    acc_a, sums_a = _times(acc_a, spread), sums_a * spread
+    if BLOCKS == 2:
+        acc_b, sums_b = _times(acc_b, spread), sums_b * spread
     centroids = (buffer + (book + value_part.centroids)).to(gl.pointer_type(gl.bfloat16))
     centroids += head * value_part.num_centroids * (BLOCKS * BLOCK)
     acc_a, acc_b = _add_centroids(
-        acc_a, acc_b, weights_by_id, centroids, value_part.num_centroids, UNIT_OUT, BLOCKS, ROWS
+        acc_a, acc_b, base, warp, centroids, value_part.num_centroids, UNIT_OUT, BLOCKS, ROWS
     )  # fmt: skip
-    query_row, live = row0 + row, row < live_rows
-    where = (slot.to(gl.int64) * rows + (query0 + query_row // group)) * (heads * group)
-    where += head * group + query_row % group
-    gl.store(partial_lse + where, (top - 3.0 + gl.log2(total)) * LN_2, mask=live)
-    ACROSS: gl.constexpr = gl.SliceLayout(0, MMA)
-    total, where = gl.convert_layout(total, ACROSS), gl.convert_layout(where, ACROSS)
-    live = gl.convert_layout(live, ACROSS)
-    balance = (buffer + (book + value_part.balance)).to(gl.pointer_type(gl.bfloat16)) + head * (BLOCKS * BLOCK)
+    base = meet(base)
     OFFSET: gl.constexpr = VALUE.offset / VALUE.step
-    _store(acc_a, sums_a, balance, total, where, live, partials, UNIT_OUT, OFFSET, VALUE.balanced, 0, BLOCKS)
+    OUT_LINE: gl.constexpr = BLOCKS * BLOCK + 4  # other banks for the next row
+    region = base + (warp + 1) * (1024 * ROWS)
+    _hand_over(region, acc_a, sums_a, OFFSET, 0, OUT_LINE)
     if BLOCKS == 2:
-        _store(acc_b, sums_b, balance, total, where, live, partials, UNIT_OUT, OFFSET, VALUE.balanced, 1, BLOCKS)
+        _hand_over(region, acc_b, sums_b, OFFSET, 1, OUT_LINE)
+    base = meet(base)
+    balance = (buffer + (book + value_part.balance)).to(gl.pointer_type(gl.bfloat16)) + head * (BLOCKS * BLOCK)
+    _store(
+        partials, partial_lse, base, balance, slot, query0, row0, live_rows, rows, heads, group, head,
+        UNIT_OUT, VALUE.balanced, ROWS, BLOCKS, OUT_LINE,
+    )  # fmt: skip

@@ -12,7 +12,6 @@ from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.errors import ArgumentError
 from qvg_paged.kernels.few_queries import (
     FEW_ROWS,
-    WARPS_PER_MULTIPROCESSOR,
     Shares,
     few_queries_attention,
     has_gluon,
@@ -208,7 +207,7 @@ def _cuts(
             cut = _Cut(work, 0, rows, many=True)
         elif longest <= FEW_ROWS and has_gluon(q.device) and reads_few_queries(layout, q.dtype):
             rows = few_queries.block_rows(longest)
-            programs, per_page = processors * WARPS_PER_MULTIPROCESSOR, page_groups(layout.key.tokens)
+            programs, per_page = processors * few_queries.PROGRAMS_PER_MULTIPROCESSOR, page_groups(layout.key.tokens)
             work = shares(table, fmt, layout, cu_queries, sequences, group, rows, programs, per_page)
             cut = _Cut(work, tables_nbytes(layout, work, rows), rows, many=False)
         else:

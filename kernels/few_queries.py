@@ -1,4 +1,4 @@
-"""Attention of few query rows to 2-bit pages: shares of equal work, tables of centroid scores, one warp a share.
+"""Attention of few query rows to 2-bit pages: shares of equal work, tables of centroid scores, a program a share.
 
 The shares are cut for the whole ragged batch at once: a share is a run of 16 code rows of pages that have one codebook,
 for one block of query rows, and every share of a launch is about as long as the others whatever the histories are.
@@ -26,11 +26,13 @@ __all__ = [
 FEW_ROWS = 64
 """Query rows (queries times the heads that share a KV head) of a sequence up to which this is the faster kernel."""
 CODE_ROWS = 16
-START_GROUPS = 6
-"""What a program does before and after its groups, in groups."""
+START_GROUPS = 3
+"""What a program does before and after its groups, in groups of a warp."""
 MOST_GROUPS = 64
-"""Groups of a share at most: 4096 keys, whose weights the kernel's integers can hold."""
-WARPS_PER_MULTIPROCESSOR = 8
+"""Groups of a warp at most: 4096 keys, whose weights the kernel's integers can hold."""
+WARPS = 4
+"""Warps of a program, as in `_few_operands_gluon`."""
+PROGRAMS_PER_MULTIPROCESSOR = 2
 LOG2_E = math.log2(math.e)
 
 
@@ -144,26 +146,30 @@ def shares(
 
 
 def _share_length(lengths: list[int], programs: int) -> int:
-    """Groups of the longest share, at most `MOST_GROUPS`."""
-    fewest = max(1, math.ceil(sum(lengths) / (programs * MOST_GROUPS)))
-    return soonest_share(lengths, programs, range(fewest, fewest + 4), START_GROUPS, MOST_GROUPS)
+    """Groups of the longest share, at most `MOST_GROUPS` for each warp."""
+    most = MOST_GROUPS * WARPS
+    fewest = max(1, math.ceil(sum(lengths) / (programs * most)))
+    return soonest_share(lengths, programs, range(fewest, fewest + 4), START_GROUPS, most, WARPS)
 
 
-def soonest_share(lengths: list[int], programs: int, waves: range, start: int, most: float = math.inf) -> int:
+def soonest_share(
+    lengths: list[int], programs: int, waves: range, start: int, most: float = math.inf, together: int = 1
+) -> int:  # fmt: skip
     """Length of the longest share so that runs of these lengths are read soonest, in whole waves of programs.
 
     Args:
         lengths: of the runs.
         programs: that run at the same time.
         waves: numbers of waves to aim for.
-        start: what a program costs besides its share, in the unit of `lengths`.
+        start: what a program costs besides its share, in the time of a unit.
         most: longest share there may be.
+        together: units of `lengths` that a program reads at the same time.
     """
     total, starts = sum(lengths), Counter(lengths)
 
     def cost(longest: int) -> int:
         count = sum(times * math.ceil(length / longest) for length, times in starts.items())
-        return math.ceil(count / programs) * (longest + start)
+        return math.ceil(count / programs) * (math.ceil(longest / together) + start)
 
     ideal = [max(1, total / (programs * count)) for count in waves]
     wanted = (math.ceil(length * stretch / 20) for length in ideal for stretch in range(20, 41))
@@ -247,5 +253,5 @@ def few_queries_attention(
         few_queries_kernel, (len(work.items), key.heads),
         partials, partial_lse, scratch, buffer, pages, work.items, partials.shape[1], key.heads, group, key.tokens,
         floats, key_part, value_part,
-        VALUE=part_code(layout.value), BLOCKS=blocks, ROWS=rows, ALIGNED=key.tokens % 4 == 0, num_warps=1,
+        VALUE=part_code(layout.value), BLOCKS=blocks, ROWS=rows, ALIGNED=key.tokens % 4 == 0, num_warps=WARPS,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from qvg_paged.kernels.layout import PageLayout, PartLayout
 
 __all__ = ["FEWEST_ROWS", "block_rows", "has_wgmma", "many_queries_attention", "many_shares", "reads_many_queries"]
 
-FEWEST_ROWS = 17
+FEWEST_ROWS = 33
 """Query rows (queries times the heads that share a KV head) of a sequence from which on this is the faster kernel."""
 TILE_TOKENS = 64
 START_TILES = 6

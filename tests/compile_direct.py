@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qvg_paged.kernels import direct_attention, many_queries
+from qvg_paged.kernels import direct_attention, few_queries, many_queries
 from qvg_paged.kernels._page_tiles import PartBytes, part_code
 from qvg_paged.kernels.formats import FORMATS
 from qvg_paged.kernels.layout import PageLayout
@@ -86,7 +86,7 @@ def compile_few_queries(head_dim: int, rows: int) -> dict[str, Any]:
     constants = {"VALUE": part_code(layout.value), "BLOCKS": head_dim // 64, "ROWS": rows, "ALIGNED": True}
     pointers = {"partials": "*fp32", "partial_lse": "*fp32", "tables": "*fp32", "buffer": "*u8", "pages": "*i32",
                 "items": "*i32"}  # fmt: skip
-    done = compile_gluon(kernel, pointers, {}, constants, {"num_warps": 1})
+    done = compile_gluon(kernel, pointers, {}, constants, {"num_warps": few_queries.WARPS})
     return {"head_dim": head_dim, "rows": rows, "shared": done.metadata.shared}
 
 

@@ -4,8 +4,11 @@ What it shows is that the algorithm is right. Which register holds what is the c
 """
 
 import ctypes
+import functools
+import inspect
 import re
 import sys
+import threading
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,11 +62,24 @@ class _Shared:
         return tl.trans(self.slots[0]) if self.turned else self.slots[0]
 
 
+class _Region:
+    """A run of `SHARED`."""
+
+    def __init__(self, count: int, first: int = 0) -> None:
+        self.first, self.count = first, count
+
+    def index(self, i: Any) -> "_Region":
+        return _Region(self.count, _plain(i) * self.count)
+
+    def store(self, value: Any) -> None:
+        SHARED[self.first : self.first + self.count] = value.handle.data.view(np.uint32)
+
+
 class _Language:
     """`gl` on top of `tl`: looked up late, since the interpreter replaces what is in `tl` while a kernel runs."""
 
     BlockedLayout = DistributedLinearLayout = NVMMADistributedLayout = NVMMASharedLayout = _Layout
-    DotOperandLayout = SliceLayout = _Layout
+    DotOperandLayout = SliceLayout = SwizzledSharedLayout = _Layout
 
     def __getattr__(self, name: str) -> Any:
         return getattr(tl, name)
@@ -77,8 +93,8 @@ class _Language:
     def full(self, shape: list[int], value: Any, dtype: Any, _: object = None) -> Any:
         return tl.full([_plain(n) for n in shape], value, dtype)
 
-    def allocate_shared_memory(self, _dtype: Any, _shape: list[int], _: object, value: Any = None) -> _Shared:
-        return _Shared(value)
+    def allocate_shared_memory(self, dtype: Any, shape: list[int], _: object, value: Any = None) -> Any:
+        return _Region(_plain(shape[-1])) if dtype == tl.int32 else _Shared(value)
 
     def convert_layout(self, x: Any, _: object) -> Any:
         return x
@@ -107,7 +123,7 @@ def _words(x: Any) -> np.ndarray:
 
 
 def _typed(words: list[np.ndarray], shape: list[int], dtype: Any) -> Any:
-    word = np.uint16 if dtype == tl.bfloat16 else np.uint32
+    word = np.uint16 if dtype == tl.bfloat16 or words[0].dtype == np.uint16 else np.uint32
     stacked = np.stack([w.astype(word) for w in words], -1)
     made = np.ascontiguousarray(stacked).view(NUMPY[dtype]).reshape(shape or [1])
     handle = triton.runtime.interpreter.TensorHandle(made, dtype)
@@ -119,11 +135,9 @@ def _emulate(asm: str, words: list[np.ndarray]) -> list[list[np.ndarray]]:
     if "set.eq.bf16x2" in asm:
         first, second = words
         return [[np.where((first ^ second) >> 16 * i & 0xFFFF, 0, 0x3F80) for i in range(2)]]
-    if "e4m3x2" in asm:
-        floats = [torch.from_numpy(((words[0] >> 8 * i) & 0xFF).astype(np.uint8)).view(torch.float8_e4m3fn).float()
-                  for i in range(4)]  # fmt: skip
-        return [[x.numpy().view(np.uint32)] for x in floats]
-    if "shared" in asm or "bar.warp" in asm:
+    if "f16x2" in asm:
+        return [[x] for x in _emulate_halves(asm, words)]
+    if any(what in asm for what in ("shared", "bar.", "%tid.x", "global_smem")):
         return [[_emulate_shared(asm, *words)]]
     if "0x4441" in asm:
         return [[(words[0] >> 8 * i) & 0xFF] for i in range(4)]
@@ -137,28 +151,97 @@ def _emulate(asm: str, words: list[np.ndarray]) -> list[list[np.ndarray]]:
     raise AssertionError(asm)
 
 
-SHARED = np.full(8192, 0xFFFFFFFF, np.uint32)
+def _emulate_halves(asm: str, words: list[np.ndarray]) -> list[np.ndarray]:
+    if "mul.rn" in asm:
+        return [(words[0].view(np.float16) * words[1].view(np.float16)).view(np.uint32)]
+    scales = [torch.from_numpy(((words[0] >> 8 * i) & 0xFF).astype(np.uint8)).view(torch.float8_e4m3fn).float()
+              for i in range(4)]  # fmt: skip
+    return [x.numpy().view(np.uint32) if "cvt.f32" in asm else x.half().numpy().view(np.uint16) for x in scales]
+
+
+SHARED = np.full(65536, 0xFFFFFFFF, np.uint32)
 """Shared memory of the program that runs; what it starts with is not what the last one left, but might be anything."""
+PATIENCE = 120
 
 
-def _emulate_shared(asm: str, at: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    place = at // 4
-    if "weights_of_centroids" in asm:  # where they begin
+def _emulate_shared(
+    asm: str, at: np.ndarray, values: np.ndarray | None = None, factor: np.ndarray | None = None
+) -> np.ndarray:
+    if "global_smem" in asm:
         return np.zeros_like(at)
+    if "%tid.x" in asm:
+        return np.full_like(at, _here.warp)
+    place = at // 4
     if "cp.async.cg" in asm:
-        assert weights is not None
-        for to, source in zip(place.flat, weights.flat, strict=True):
+        assert values is not None
+        for to, source in zip(place.flat, values.flat, strict=True):
             SHARED[to : to + 4] = np.ctypeslib.as_array((ctypes.c_uint32 * 4).from_address(int(source)))
-        return at
-    if "red.shared.add" in asm:
-        assert weights is not None
-        np.add.at(SHARED, place, np.rint(weights.view(np.float32)).astype(np.uint32))
-    elif "st.shared" in asm:
-        assert weights is not None
-        SHARED[place] = np.rint(SHARED[place].astype(np.float32) * weights.view(np.float32)).astype(np.uint32)
+    elif "bar.sync" in asm:
+        _here.meet()
+    elif "red.shared.add" in asm:
+        assert values is not None
+        assert factor is not None
+        fixed = np.rint(values.view(np.float32) * factor.view(np.float32))
+        assert (fixed < 2**23).all()
+        np.add.at(SHARED, place, fixed.astype(np.uint32))
+    elif "st.shared.u32" in asm:
+        assert values is not None
+        SHARED[place] = np.rint(SHARED[place].astype(np.float32) * values.view(np.float32)).astype(np.uint32)
+    elif "st.shared.f32" in asm:
+        assert values is not None
+        SHARED[place] = np.broadcast_to(values, place.shape)
     elif "ld.shared" in asm:
         return SHARED[place].astype(np.float32).view(np.uint32) if "cvt" in asm else SHARED[place]
     return at
+
+
+class _Here(threading.local):
+    """The warp that a thread is."""
+
+    warp = 0
+
+    def meet(self) -> None:
+        """Wait for the other warps; one runs at a time."""
+        TURN.release()
+        self.barrier.wait(PATIENCE)
+        TURN.acquire()
+
+    barrier: threading.Barrier
+
+
+_here = _Here()
+TURN = threading.Lock()
+
+
+def run_as_warps(kernel: Any, count: int) -> None:
+    """Let every program of `kernel` be run by `count` threads, which are its warps."""
+    program = kernel.rewrite()
+
+    @functools.wraps(program)
+    def by_warps(**arguments: Any) -> None:
+        barrier, failures = threading.Barrier(count), []
+
+        def run(warp: int) -> None:
+            _here.warp, _here.barrier = warp, barrier
+            with TURN:
+                try:
+                    program(**arguments)
+                except threading.BrokenBarrierError:  # another one has failed
+                    TURN.acquire()
+                except BaseException as failure:  # raised again below
+                    failures.append(failure)
+                    barrier.abort()
+
+        threads = [threading.Thread(target=run, args=(warp,)) for warp in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    by_warps.__signature__ = inspect.signature(program)  # type: ignore[attr-defined]
+    kernel.rewritten_fn[kernel.fn] = by_warps
 
 
 def _fused(a: Any, b: _Shared, acc: Any, *, use_acc: bool = True, **_: object) -> Any:

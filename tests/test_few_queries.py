@@ -47,11 +47,12 @@ def attend(case: Case, q: torch.Tensor, cu: list[int], programs: int) -> tuple[t
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     if CUDA:
         pytest.skip("Triton's interpreter is off where there is a GPU")
-    from interpreted_gluon import interpreted  # noqa: PLC0415
+    from interpreted_gluon import interpreted, run_as_warps  # noqa: PLC0415
 
     folder = Path(few_queries.__file__).parent
     parts = [folder / f"_few_{part}_gluon.py" for part in ("operands", "loads", "shared")]
     module = interpreted(folder / "_few_queries_gluon.py", parts)
+    run_as_warps(module.few_queries_kernel, few_queries.WARPS)
     monkeypatch.setitem(sys.modules, "qvg_paged.kernels._few_queries_gluon", module)
 
 
@@ -123,6 +124,8 @@ def test_keys_that_score_higher_and_higher_are_weighted_by_the_highest() -> None
 
 def test_sums_of_weights_hold_as_many_keys_as_a_share_may_have() -> None:
     shared = pytest.importorskip("qvg_paged.kernels._few_shared_gluon")
+    operands = pytest.importorskip("qvg_paged.kernels._few_operands_gluon")
+    assert operands.WARPS.value == few_queries.WARPS
     keys = few_queries.MOST_GROUPS * few_queries.CODE_ROWS * 4
     assert keys * 2 ** (shared.SLACK.value + shared.FRACTION_BITS.value) <= 2**32
 
@@ -156,7 +159,7 @@ def test_shares_cover_every_key_of_every_query_once(
     read: dict[tuple[int, int], list[int]] = {}
     used: dict[tuple[int, int], list[int]] = {}
     for number, book, entry, first, count, slot, query, row, live in work.items.tolist():
-        assert 0 < count <= few_queries.MOST_GROUPS
+        assert 0 < count <= few_queries.MOST_GROUPS * few_queries.WARPS
         assert set(flat[entry : entry + (first + count - 1) // per_page + 1]) == {book}
         assert work.tables[number].tolist() == [book, query, row, live]
         read.setdefault((query, row), []).extend(range(entry * per_page + first, entry * per_page + first + count))
