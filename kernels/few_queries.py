@@ -26,7 +26,7 @@ __all__ = [
 FEW_ROWS = 64
 """Query rows (queries times the heads that share a KV head) of a sequence up to which this is the faster kernel."""
 CODE_ROWS = 16
-START_GROUPS = 3
+START_GROUPS = 5
 """What a program does before and after its groups, in groups of a warp."""
 MOST_GROUPS = 64
 """Groups of a warp at most: 4096 keys, whose weights the kernel's integers can hold."""
