@@ -24,6 +24,14 @@ class Demand:
     codebooks: int = 0
     demoted_pages: int = 0
 
+    def __init__(
+        self, dense_pages: int = 0, quantised_pages: int = 0, codebooks: int = 0, demoted_pages: int = 0
+    ) -> None:
+        """As generated, without the price of a frozen dataclass's fields: schedulers add up many."""
+        fields = self.__dict__
+        fields["dense_pages"], fields["quantised_pages"] = dense_pages, quantised_pages
+        fields["codebooks"], fields["demoted_pages"] = codebooks, demoted_pages
+
     def __add__(self, other: "Demand") -> "Demand":
         return Demand(
             self.dense_pages + other.dense_pages,

@@ -5,10 +5,11 @@ from math import ceil
 
 from qvg_paged.scheduler.books import Advice, Books
 from qvg_paged.scheduler.decision import Decision, Reason
+from qvg_paged.scheduler.entry import Entry
 from qvg_paged.scheduler.line import ByKey, Group, Order, Ranking, Waiting
 from qvg_paged.scheduler.relief import relieve_pool
 from qvg_paged.scheduler.request import StreamState
-from qvg_paged.scheduler.state import BEHIND, QUOTA, Entry, State
+from qvg_paged.scheduler.state import BEHIND, QUOTA, State
 from qvg_paged.timeline import Demand
 
 __all__ = ["admit"]
@@ -182,10 +183,10 @@ def _is_backed(books: Books, entry: Entry) -> bool:
 
 def _is_safe(books: Books, entry: Entry) -> bool:
     """Whether the streams that can never be parked, and any one of the others, will always fit together."""
+    if books.rules.parking is None or (entry.backed and books.all_backed):
+        return True
     live = [entry, *books.state.running.values(), *books.state.parked.values()]
     fixed = [other.worst for other in live if not other.backed]
-    if not fixed or books.rules.parking is None:
-        return True
     largest = Demand()
     for other in live:
         if other.backed:
@@ -218,7 +219,7 @@ def _make_way(books: Books, advice: Advice, entry: Entry) -> bool:
     view = books.view(forced=False)
     if not view.parkable:
         return False
-    wanted = [books.state.running[name] for name in advice.park(view, entry.view)]
+    wanted = [books.state.running[name] for name in advice.park(view, entry if advice.keyed else entry.view)]
     if claim:
         named = {other.id for other in wanted}
         rest = [other for other in reversed(books.state.by_arrival()) if other.id in view.parkable - named]

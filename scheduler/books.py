@@ -5,10 +5,12 @@ from typing import Protocol
 
 from qvg_paged.ladder import Relief
 from qvg_paged.scheduler.decision import Decision, Reason
+from qvg_paged.scheduler.entry import Entry, total
 from qvg_paged.scheduler.line import Turns
 from qvg_paged.scheduler.request import StreamState
+from qvg_paged.scheduler.rules import Rules
 from qvg_paged.scheduler.snapshot import Moment
-from qvg_paged.scheduler.state import Entry, Rules, State, total
+from qvg_paged.scheduler.state import State
 from qvg_paged.scheduler.view import StreamView, SystemView
 from qvg_paged.timeline import Demand
 
@@ -73,7 +75,7 @@ class Books:
         self.news: list[str] = []
         self._misfits: dict[int, Demand] = {}
         self._shortages: dict[tuple[int, bool], tuple[Reason, str]] = {}
-        self._backing: int | None = None
+        self._backing: tuple[int, bool] | None = None
         self.exchanges = 0
         self._view: Moment | None = None
         self._lasting = lasting
@@ -148,9 +150,18 @@ class Books:
     @property
     def backing(self) -> int:
         """Bytes on the host that are set aside for those who run or are parked."""
+        return self._backed()[0]
+
+    @property
+    def all_backed(self) -> bool:
+        """Whether all of them can be parked."""
+        return self._backed()[1]
+
+    def _backed(self) -> tuple[int, bool]:
         if self._backing is None:
-            groups = (self.state.running, self.state.parked)
-            self._backing = sum([other.worst_nbytes for group in groups for other in group.values() if other.backed])
+            live = [*self.state.running.values(), *self.state.parked.values()]
+            nbytes = [entry.worst_nbytes for entry in live if entry.backed]
+            self._backing = sum(nbytes), len(nbytes) == len(live)
         return self._backing
 
     def _changed(self) -> None:

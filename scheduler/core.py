@@ -12,6 +12,7 @@ have until they finish a chunk, which takes no more than they have. So somebody 
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from random import Random
 
 from qvg_paged.scheduler.admission import admit
@@ -20,9 +21,12 @@ from qvg_paged.scheduler.decision import Decision, Reason
 from qvg_paged.scheduler.inputs import Input, apply
 from qvg_paged.scheduler.plan import Plan
 from qvg_paged.scheduler.pressure import squeeze
-from qvg_paged.scheduler.state import Entry, Rules, State
+from qvg_paged.scheduler.rules import Rules
+from qvg_paged.scheduler.state import State
 
 __all__ = ["decide"]
+
+WITHOUT_PROGRESS = attrgetter("progressed", "arrival")
 
 
 def decide(
@@ -90,7 +94,7 @@ def _charge(rules: Rules, state: State, seconds: float) -> None:
         if name in state.tenants:
             tenant = state.tenants[name]
             service, virtual_time = accounts.get(name) or (tenant.service, tenant.virtual_time)
-            accounts[name] = service + cost, virtual_time + cost / tenant.spec.weight
+            accounts[name] = service + cost, virtual_time + cost / tenant.weight
     for name, (service, virtual_time) in accounts.items():
         state.tenants[name] = state.tenants[name].but(service=service, virtual_time=virtual_time)
     state.charges = ()
@@ -129,12 +133,8 @@ def _dismiss_leader(state: State) -> None:
 def _elect_leader(state: State) -> None:
     """Who has gone longest without finishing a chunk leads."""
     if not state.leader and state.running:
-        entry = min(state.running.values(), key=_longest_without_progress)
+        entry = min(state.running.values(), key=WITHOUT_PROGRESS)
         state.leader, state.leader_chunks = entry.id, entry.chunks
-
-
-def _longest_without_progress(entry: Entry) -> tuple[int, int]:
-    return entry.progressed, entry.arrival
 
 
 def _advance(rules: Rules, state: State) -> tuple[Decision, ...]:
@@ -146,8 +146,8 @@ def _advance(rules: Rules, state: State) -> tuple[Decision, ...]:
         frames = range(start, end)
         if decision.frames != frames:
             text = f"frames {start}-{end - 1} of {request.frames}"
-            decision = Decision(request.id, Reason.ADVANCE, text, frames)
-            state.running[request.id] = entry.but(decision=decision)
+            decision = Decision(entry.id, Reason.ADVANCE, text, frames)
+            state.running[entry.id] = entry.but(decision=decision)
         decisions.append(decision)
         charges.append((request.tenant, entry.need_nbytes, request.branches))
     state.charges = tuple(charges)

@@ -87,4 +87,6 @@ class Decision:
         squeeze: Squeeze | None = None,
     ) -> None:
         """As generated, without the price of a frozen dataclass's fields."""
-        self.__dict__.update(stream_id=stream_id, reason=reason, text=text, frames=frames, squeeze=squeeze)
+        fields = self.__dict__
+        fields["stream_id"], fields["reason"], fields["text"] = stream_id, reason, text
+        fields["frames"], fields["squeeze"] = frames, squeeze

@@ -7,9 +7,11 @@ from qvg_paged.config import Window
 from qvg_paged.errors import ArgumentError
 from qvg_paged.scheduler.checks import check_kind, check_name, one_line, shown
 from qvg_paged.scheduler.decision import Decision, Reason
+from qvg_paged.scheduler.entry import Entry
 from qvg_paged.scheduler.plan import Outcome, Plan
 from qvg_paged.scheduler.request import StreamRequest, StreamState
-from qvg_paged.scheduler.state import HISTORY, Entry, Rules, State
+from qvg_paged.scheduler.rules import Rules
+from qvg_paged.scheduler.state import HISTORY, State
 from qvg_paged.scheduler.tenant import Tenant, TenantSpec
 
 __all__ = ["Cancel", "Drain", "Input", "LimitPool", "Report", "SetTenant", "Shutdown", "Submit", "apply"]
@@ -105,15 +107,15 @@ def _submit(rules: Rules, state: State, request: StreamRequest) -> Decision:
     state.leaving.pop(request.id, None)
     state.forget(request.id)
     state.arrivals += 1
-    entry = Entry(request, _copied(request), worst, nbytes, worst, nbytes, state.arrivals, decision)
+    entry = Entry(request, _copied(request), worst, nbytes, state.arrivals, decision)
     refusal = _refusal(rules, state, entry)
     if refusal is not None:
         reason, text = refusal
         quiet = len(state.leaving) >= HISTORY
         return state.end(entry, StreamState.FAILED, reason, f"refused: {text}", announced=quiet).decision
     state.tenants.setdefault(request.tenant, Tenant(rules.config.default_tenant))
-    entry = entry.under(state.tenants[request.tenant])
-    state.enqueue(rules.need(entry, rules.parking is not None))
+    standing = entry.standing(state.tenants[request.tenant])
+    state.enqueue(rules.need(entry, rules.parking is not None, **standing))
     return decision
 
 
@@ -186,7 +188,8 @@ def _set_tenant(rules: Rules, state: State, name: str, spec: TenantSpec) -> None
         old = Tenant(spec)
     state.tenants[name] = tenant = replace(old, spec=spec, configured=True)
     for group in (state.queued, state.running, state.parked):
-        group.update({entry.id: entry.under(tenant) for entry in group.values() if entry.tenant == name})
+        theirs = [entry for entry in group.values() if entry.tenant == name]
+        group.update({entry.id: entry.but(**entry.standing(tenant)) for entry in theirs})
     state.sort(rules, name)
 
 

@@ -163,6 +163,8 @@ class FairShare:
             end = tenant.virtual_time + step / tenant.weight * count
             if end - mine > (1 + self.quantum) * (width + step / tenant.weight) / 2:
                 ahead[name] = -end
+        if not ahead:
+            return []
         found = [other for other in view.running if other.tenant in ahead and other.id in view.parkable]
         return [other.id for other in sorted(found, key=lambda other: (ahead[other.tenant], -other.arrival))]
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 from qvg_paged.scheduler.books import Advice, Books
 from qvg_paged.scheduler.decision import Reason
+from qvg_paged.scheduler.entry import Entry
 from qvg_paged.scheduler.relief import relieve_pool, relieve_tenant
-from qvg_paged.scheduler.snapshot import may_be_parked
-from qvg_paged.scheduler.state import Entry
+from qvg_paged.scheduler.snapshot import parkable
 
 __all__ = ["squeeze"]
 
@@ -61,9 +61,6 @@ def _by_default(books: Books, wanted: Iterable[str]) -> list[Entry]:
     running = books.state.running
     first = [running[stream_id] for stream_id in wanted]
     named = {entry.id for entry in first}
-    rest = [
-        entry
-        for entry in reversed(books.state.by_arrival())
-        if entry.id not in named and may_be_parked(books.rules, books.state, entry, forced=True)
-    ]
+    others = parkable(books.rules, books.state, forced=True) - named
+    rest = [entry for entry in reversed(books.state.by_arrival()) if entry.id in others]
     return first + rest

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from qvg_paged.ladder import Relief, Squeeze
 from qvg_paged.scheduler.backend import LadderBackend
 from qvg_paged.scheduler.books import Books
-from qvg_paged.scheduler.state import Entry
+from qvg_paged.scheduler.entry import Entry
 from qvg_paged.timeline import Demand
 
 __all__ = ["relieve", "relieve_pool", "relieve_tenant"]

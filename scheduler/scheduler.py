@@ -13,6 +13,7 @@ from qvg_paged.scheduler.checks import check_integer, check_kind, check_number, 
 from qvg_paged.scheduler.config import Reservation, SchedulerConfig
 from qvg_paged.scheduler.core import decide
 from qvg_paged.scheduler.decision import Decision
+from qvg_paged.scheduler.entry import Entry
 from qvg_paged.scheduler.guard import InPlace, OutsideLock, PolicyGuard, Runner, Worker
 from qvg_paged.scheduler.inputs import Cancel, Drain, Input, LimitPool, Report, SetTenant, Shutdown, Submit, apply
 from qvg_paged.scheduler.log import DecisionLog, describe_input, describe_plan
@@ -20,7 +21,8 @@ from qvg_paged.scheduler.observer import Observer, Observers
 from qvg_paged.scheduler.plan import Outcome, Plan
 from qvg_paged.scheduler.policy import FCFS, EarliestDeadline, FairShare, KeyedPolicy, Policy, Priority
 from qvg_paged.scheduler.request import StreamRequest, StreamState
-from qvg_paged.scheduler.state import Entry, Rules, State
+from qvg_paged.scheduler.rules import Rules
+from qvg_paged.scheduler.state import State
 from qvg_paged.scheduler.tenant import TenantSpec
 from qvg_paged.scheduler.view import SystemView
 

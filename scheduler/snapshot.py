@@ -5,22 +5,30 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any, overload
 
-from qvg_paged.scheduler.state import ARRIVAL, Entry, Rules, State
+from qvg_paged.scheduler.entry import ARRIVAL, Entry
+from qvg_paged.scheduler.rules import Rules
+from qvg_paged.scheduler.state import State
 from qvg_paged.scheduler.tenant import Tenant
 from qvg_paged.scheduler.view import StreamView, SystemView, TenantView
 
-__all__ = ["Moment", "may_be_parked"]
+__all__ = ["Moment", "parkable"]
 
 VIEW = attrgetter("view")
 
 
-def may_be_parked(rules: Rules, state: State, entry: Entry, *, forced: bool) -> bool:
-    """Whether a running stream may be given up: never the leader, never too often, by choice only after a chunk."""
-    if rules.parking is None or not entry.backed or entry.id == state.leader or entry.id not in state.running:
-        return False
-    if entry.stalls >= rules.config.max_parks:
-        return False
-    return forced or entry.chunks - entry.chunks_before >= rules.config.min_chunks
+def parkable(rules: Rules, state: State, *, forced: bool) -> frozenset[str]:
+    """Running streams that may be given up: never the leader, never too often, by choice only after a chunk."""
+    if rules.parking is None:
+        return frozenset()
+    leader, most, least = state.leader, rules.config.max_parks, rules.config.min_chunks
+    return frozenset(
+        [
+            name
+            for name, entry in state.running.items()
+            if entry.backed and name != leader and entry.stalls < most
+            if forced or entry.chunks - entry.chunks_before >= least
+        ]
+    )
 
 
 class _Views(Sequence[StreamView]):
@@ -42,11 +50,15 @@ class _Views(Sequence[StreamView]):
     def __len__(self) -> int:
         return len(self._queued) + len(self._parked)
 
+    @cached_property
+    def _all(self) -> tuple[StreamView, ...]:
+        return tuple([entry._view or entry.view for entry in self._entries])
+
     def __iter__(self) -> Iterator[StreamView]:
-        return map(VIEW, self._entries)
+        return iter(self._all)
 
     def __reversed__(self) -> Iterator[StreamView]:
-        return map(VIEW, reversed(self._entries))
+        return reversed(self._all)
 
     @overload
     def __getitem__(self, place: int) -> StreamView: ...
@@ -136,7 +148,7 @@ class Moment(SystemView):
             held: promised bytes by tenant.
             forced: whether somebody must make room, so that also those are parkable who have just come in.
             lasting: whether it stays as it is while the state changes. Policies of this package do without: they see
-                the tenants themselves, which have of a `TenantView` what those policies ask for.
+                tenants and running streams themselves, which have of their views what those policies ask for.
         """
         view = object.__new__(cls)
         view.__dict__.update(
@@ -167,15 +179,9 @@ class Moment(SystemView):
 
 
 _PARTS: dict[str, Callable[[Any], Any]] = {
-    "running": lambda view: tuple(map(VIEW, view._state.by_arrival())),
+    "running": lambda view: tuple(map(VIEW, view._state.by_arrival()) if view.lasting else view._state.by_arrival()),
     "waiting": lambda view: _Views(view._state),
     "lines": lambda view: _Lines(view.waiting),
-    "parkable": lambda view: frozenset(
-        [
-            name
-            for name, entry in view._state.running.items()
-            if may_be_parked(view._rules, view._state, entry, forced=view.forced)
-        ]
-    ),
+    "parkable": lambda view: parkable(view._rules, view._state, forced=view.forced),
     "tenants": lambda view: _Tenants(view._state.tenants, view._held) if view.lasting else view._state.tenants,
 }

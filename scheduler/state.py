@@ -2,207 +2,24 @@
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from operator import attrgetter
-from typing import Any
 
-from qvg_paged.config import Window
 from qvg_paged.errors import ArgumentError
-from qvg_paged.ladder import Squeeze
-from qvg_paged.scheduler.backend import CacheBackend, LadderBackend, ParkingBackend
 from qvg_paged.scheduler.checks import shown
-from qvg_paged.scheduler.config import Reservation, SchedulerConfig
 from qvg_paged.scheduler.decision import Decision, Reason
+from qvg_paged.scheduler.entry import ARRIVAL, Entry
+from qvg_paged.scheduler.history import History
 from qvg_paged.scheduler.line import Group, Spot
-from qvg_paged.scheduler.request import StreamRequest, StreamState
+from qvg_paged.scheduler.request import StreamState
+from qvg_paged.scheduler.rules import Rules
 from qvg_paged.scheduler.tenant import Tenant
-from qvg_paged.scheduler.view import StreamView, drafted
-from qvg_paged.timeline import Demand
 
-__all__ = ["BEHIND", "QUOTA", "Entry", "Rules", "State", "total"]
+__all__ = ["BEHIND", "HISTORY", "QUOTA", "State"]
 
 HISTORY = 1024
-REMEMBERED = 1 << 14
-"""Chunks whose demand is not reckoned anew."""
 BEHIND: Group = (Reason.BEHIND, "the first in line does not fit yet, and nobody overtakes it")
 QUOTA: Group = (Reason.QUOTA, "a stream of its tenant that is before it in line waits for the quota")
-ARRIVAL = attrgetter("arrival")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """All that is known of a stream.
-
-    Attributes:
-        request: what was asked for; `shown` is the copy that policies get.
-        priority, deadline_fps: its own and its tenant's, put together.
-        worst, worst_nbytes: pool objects at its worst, all branches, and their bytes.
-        need, need_nbytes: what is reserved when it runs next.
-        arrival: serial number of its submission.
-        decision: the latest decision about it alone; `State.decision` has what it was told with others.
-        state: where it is.
-        committed: frames committed.
-        chunks: chunks finished; `chunks_before` is their number when it last began to run.
-        since: time since when it has waited or run.
-        first_chunk: time at which its first chunk was reported.
-        parks: how often it was parked; `stalls` counts those since its latest finished chunk.
-        backed: whether host memory is set aside for it, without which it is never parked.
-        overtaken: how many streams went before it although it was first in line.
-        progressed: step at which it last finished a chunk or began to run.
-        squeeze: how far it was squeezed, or None.
-        key: its place in its tenant's line, before arrival.
-        id, tenant: its name and who pays, as in the request, but found at once.
-    """
-
-    request: StreamRequest
-    shown: StreamRequest
-    worst: Demand
-    worst_nbytes: int
-    need: Demand
-    need_nbytes: int
-    arrival: int
-    decision: Decision
-    priority: int = 0
-    deadline_fps: float | None = None
-    state: StreamState = StreamState.QUEUED
-    committed: int = 0
-    chunks: int = 0
-    chunks_before: int = 0
-    since: float | None = None
-    first_chunk: float | None = None
-    parks: int = 0
-    stalls: int = 0
-    backed: bool = False
-    overtaken: int = 0
-    progressed: int = 0
-    squeeze: Squeeze | None = None
-    key: float = 0.0
-    id: str = field(init=False, repr=False, compare=False)
-    tenant: str = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        self.__dict__.update(id=self.request.id, tenant=self.request.tenant)
-
-    @property
-    def view(self) -> StreamView:
-        """What policies see of it, made once (`cached_property` takes a lock)."""
-        found: StreamView | None = self.__dict__.get("_view")
-        if found is not None:
-            return found
-        self.__dict__["_view"] = view = drafted(
-            self.shown,
-            self.state,
-            self.arrival,
-            self.need_nbytes,
-            self.worst_nbytes,
-            self.committed,
-            self.since,
-            self.first_chunk,
-            self.parks,
-            self.priority,
-            self.deadline_fps,
-            self.id,
-            self.tenant,
-        )
-        return view
-
-    def but(self, **changes: Any) -> "Entry":
-        """A copy with some fields changed: `dataclasses.replace` at a fifth of its price."""
-        fields = self.__dict__ | changes
-        if "_view" in fields:
-            del fields["_view"]
-        other = object.__new__(Entry)
-        object.__setattr__(other, "__dict__", fields)
-        return other
-
-    def under(self, tenant: Tenant) -> "Entry":
-        """The same with the tenant's priority and play-out rate."""
-        request, spec = self.request, tenant.spec
-        return self.but(
-            priority=request.priority + spec.priority, deadline_fps=request.deadline_fps or spec.deadline_fps
-        )
-
-
-def total(entries: Iterable[Entry]) -> Demand:
-    """What is reserved for them together."""
-    dense = quantised = codebooks = demoted = 0
-    for entry in entries:
-        dense += entry.need.dense_pages
-        quantised += entry.need.quantised_pages
-        codebooks += entry.need.codebooks
-        demoted += entry.need.demoted_pages
-    return Demand(dense, quantised, codebooks, demoted)
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What does not change: the settings, the cache's arithmetic, and the policy's key if it has one.
-
-    Attributes:
-        key: see `KeyedPolicy.key`; by arrival alone where the policy ranks everybody itself.
-    """
-
-    config: SchedulerConfig
-    cache: CacheBackend
-    key: Callable[[Entry], float] = lambda _: 0.0
-
-    @cached_property
-    def parking(self) -> ParkingBackend | None:
-        """The cache, if it can park and may."""
-        cache = self.cache
-        return cache if not self.config.no_preemption and isinstance(cache, ParkingBackend) else None
-
-    @cached_property
-    def ladder(self) -> LadderBackend | None:
-        """The cache, if it can store streams more cheaply and take memory back."""
-        return self.parking if isinstance(self.parking, LadderBackend) else None
-
-    @property
-    def reservation(self) -> Reservation:
-        """How far ahead memory is promised."""
-        return Reservation.NEXT_CHUNK if self.parking else Reservation.TO_COMPLETION
-
-    def need(self, entry: Entry, backed: bool, *, committed: int | None = None, **changes: Any) -> Entry:
-        """The entry, changed, with what must be reserved for it to run next."""
-        committed = entry.committed if committed is None else committed
-        if self.parking is None or not backed:
-            demand, nbytes = entry.worst, entry.worst_nbytes
-        else:
-            request = entry.request
-            frames = min(self.cache.frames_per_chunk, request.frames - committed)
-            squeeze = changes.get("squeeze", entry.squeeze)
-            demand, nbytes = self._for_chunk(request.window, committed, frames, squeeze, request.branches)
-        return entry.but(need=demand, need_nbytes=nbytes, backed=backed, committed=committed, **changes)
-
-    @cached_property
-    def worst(self) -> Callable[[Window, int, int], tuple[Demand, int]]:
-        """Pool objects and bytes of a stream of that window, frames and branches at its worst; remembered."""
-        cache = self.cache
-
-        def reckon(window: Window, frames: int, branches: int) -> tuple[Demand, int]:
-            demand = cache.demand(window, frames) * branches
-            return demand, cache.demand_nbytes(demand)
-
-        return lru_cache(REMEMBERED)(reckon)
-
-    @cached_property
-    def _for_chunk(self) -> Callable[[Window, int, int, Squeeze | None, int], tuple[Demand, int]]:
-        """Pool objects and bytes while a chunk is open; the same for all streams of a length, so remembered."""
-        cache, parking, ladder = self.cache, self.parking, self.ladder
-        assert parking is not None
-
-        def reckon(
-            window: Window, committed: int, frames: int, squeeze: Squeeze | None, branches: int
-        ) -> tuple[Demand, int]:
-            if ladder is None or squeeze is None:
-                demand = parking.chunk_demand(window, committed, frames) * branches
-            else:
-                demand = ladder.squeezed_demand(window, committed, frames, squeeze) * branches
-            return demand, cache.demand_nbytes(demand)
-
-        return lru_cache(REMEMBERED)(reckon)
 
 
 @dataclass
@@ -218,7 +35,7 @@ class State:
         group: why most streams wait; `barred` why those of some tenants do.
         news: ids of waiting streams about which the latest step decided something else than the one before.
         leaving: final ones that no plan has told of yet.
-        done: final ones, oldest first.
+        done: final ones, the latest 1,024 of them.
         tenants: by name.
         limit: bytes that may be promised if less than the pool.
         leader: running stream that may not be parked; `leader_chunks` is how many chunks it had finished then.
@@ -241,7 +58,7 @@ class State:
     barred: Mapping[str, Group] = field(default_factory=dict)
     news: tuple[str, ...] = ()
     leaving: dict[str, Entry] = field(default_factory=dict)
-    done: dict[str, Entry] = field(default_factory=dict)
+    done: History = field(default_factory=lambda: History(HISTORY))
     tenants: dict[str, Tenant] = field(default_factory=dict)
     limit: int | None = None
     leader: str = ""
@@ -281,10 +98,10 @@ class State:
 
     def find(self, stream_id: str) -> Entry | None:
         """The stream of that name."""
-        for group in (self.running, self.queued, self.parked, self.leaving, self.done):
+        for group in (self.running, self.queued, self.parked, self.leaving):
             if stream_id in group:
                 return group[stream_id]
-        return None
+        return self.done.get(stream_id)
 
     def named(self, stream_id: str) -> Entry:
         """The stream of that name.
@@ -367,21 +184,10 @@ class State:
         return entry
 
     def remember(self, entry: Entry) -> None:
-        """Keep a final entry for questions, the latest 1,024 of them."""
+        """Keep a final entry for questions."""
         self.leaving.pop(entry.id, None)
-        self.forget(entry.id)
-        self._done()[entry.id] = entry
-        if len(self.done) > HISTORY:
-            del self.done[next(iter(self.done))]
+        self.done = self.done.without(entry.id).added(entry)
 
     def forget(self, stream_id: str) -> None:
         """A name is used anew."""
-        if stream_id in self.done:
-            del self._done()[stream_id]
-
-    def _done(self) -> dict[str, Entry]:
-        """Final entries, to be changed."""
-        if "" not in self._own:  # no tenant has that name
-            self._own.add("")
-            self.done = dict(self.done)
-        return self.done
+        self.done = self.done.without(stream_id)

@@ -53,20 +53,20 @@ class Tenant:
         configured: whether someone set them; others are forgotten when idle and room is needed.
         service: cost units it has had.
         virtual_time: service by weight, lifted when it comes back from having nothing in line: idle time is no credit.
+        weight: its share of service, as in a `TenantView`.
     """
 
     spec: TenantSpec
     configured: bool = False
     service: float = 0.0
     virtual_time: float = 0.0
+    weight: float = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.__dict__["weight"] = self.spec.weight
 
     def but(self, **changes: Any) -> "Tenant":
-        """A copy with some fields changed: `dataclasses.replace` at a fraction of its price."""
+        """A copy with other accounts: `dataclasses.replace` at a fraction of its price."""
         other = object.__new__(Tenant)
         object.__setattr__(other, "__dict__", self.__dict__ | changes)
         return other
-
-    @property
-    def weight(self) -> float:
-        """Its share of service, as in a `TenantView`."""
-        return self.spec.weight

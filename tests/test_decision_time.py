@@ -15,7 +15,7 @@ if str(BENCHMARKS) not in sys.path:
 
 from stress.bounds_time import POLICIES, Load, ShortestFirst  # noqa: E402
 
-from qvg_paged.scheduler.state import Entry  # noqa: E402
+from qvg_paged.scheduler.entry import Entry  # noqa: E402
 
 
 @pytest.mark.parametrize("streams", [256, 4096])

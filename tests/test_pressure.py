@@ -37,7 +37,8 @@ from qvg_paged.scheduler import (
 from qvg_paged.scheduler.core import decide
 from qvg_paged.scheduler.guard import InPlace, PolicyGuard, Recorded
 from qvg_paged.scheduler.inputs import Cancel, Drain, LimitPool, SetTenant, Shutdown, Submit
-from qvg_paged.scheduler.state import Rules, State
+from qvg_paged.scheduler.rules import Rules
+from qvg_paged.scheduler.state import State
 
 
 class Board:

@@ -128,6 +128,7 @@ class StaticCache:
         if len(self.layouts) > 1:
             sizes[1:3] = self.layouts[1].page_nbytes, self.layouts[1].codebook_nbytes
         self._sizes = sizes
+        self._per_slab = [self.slabs.slab_nbytes // size if size else 1 for size in sizes]
 
     def demand(self, window: Window, frames: int | None = None) -> Demand:
         """Most of each kind of pool object that a stream of `frames` frames ever holds."""
@@ -155,14 +156,9 @@ class StaticCache:
             quantised += demand.quantised_pages
             codebooks += demand.codebooks
             demoted += demand.demoted_pages
-        slab, usable = (
-            self.slabs.slab_nbytes,
-            self.slabs.num_slabs if nbytes is None else nbytes // self.slabs.slab_nbytes,
-        )
-        needed = 0
-        for size, count in zip(self._sizes, (dense, quantised, codebooks, demoted), strict=True):
-            if count:
-                needed += -(-count // (slab // size))
+        usable = self.slabs.num_slabs if nbytes is None else nbytes // self.slabs.slab_nbytes
+        one, two, three, four = self._per_slab
+        needed = -(-dense // one) - (-quantised // two) - (-codebooks // three) - (-demoted // four)
         return needed <= usable
 
 

@@ -42,8 +42,8 @@ __all__ = ["TARGETS", "Change", "changes", "main"]
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = "policies line books pressure scheduler plugins simulator bad_input tiers async metrics"
 SCHEDULER = tuple(f"test_{name}.py" for name in NAMES.split())
-MODULES = ("admission", "books", "core", "guard", "inputs", "line", "log", "policy", "pressure", "relief", "scheduler",
-           "snapshot", "state", "tenant", "view")  # fmt: skip
+MODULES = ("admission", "books", "core", "entry", "guard", "inputs", "line", "log", "policy", "pressure", "relief",
+           "rules", "scheduler", "snapshot", "state", "tenant", "view")  # fmt: skip
 TARGETS: dict[str, tuple[str, ...]] = {
     **{f"qvg_paged.scheduler.{name}": SCHEDULER for name in MODULES},
     "qvg_paged.pool": ("test_pool.py", "test_store.py", "test_store_machine.py"),
