@@ -150,7 +150,7 @@ def _room(books: Books, entry: Entry) -> tuple[Reason, str] | None:
     state = books.state
     if books.is_full:
         return Reason.NO_SLOT, f"{len(state.running)} streams run, as many as may"
-    if books.is_misfit(entry) or not books.fits(entry):
+    if not books.has_room(entry):
         return books.shortage(entry)
     if books.has_floors and not _leaves_floors(books, entry):
         return Reason.FLOOR, f"needs {entry.need_nbytes} bytes; what is free is promised to other tenants' floors"
@@ -211,13 +211,13 @@ def _make_way(books: Books, advice: Advice, entry: Entry) -> bool:
 
     A policy may exchange some streams a step, not all at once: transfers are spread, and nothing thrashes.
     """
-    if books.rules.parking is None or not (entry.state is StreamState.PARKED or _is_safe(books, entry)):
+    if books.rules.parking is None:
         return False
     claim = books.has_floors and _is_claim(books, entry)
     if not claim and books.exchanges >= max(1, ceil(books.rules.config.exchange_share * len(books.state.running))):
         return False
     view = books.view(forced=False)
-    if not view.parkable:
+    if not view.parkable or not (entry.state is StreamState.PARKED or _is_safe(books, entry)):
         return False
     wanted = [books.state.running[name] for name in advice.park(view, entry if advice.keyed else entry.view)]
     if claim:
@@ -239,6 +239,7 @@ def _make_way(books: Books, advice: Advice, entry: Entry) -> bool:
     text = f"made room for {entry.id!r}" + (", whose tenant has a floor" if claim else "")
     for other in victims:
         books.park(other, Reason.PARKED, text)
+    books.vouch(entry)
     books.exchanges += not claim
     return True
 

@@ -64,11 +64,10 @@ class Books:
         self.rules, self.state, self.now, self.seed = rules, state, now, seed
         self.limit = rules.cache.pool_nbytes if state.limit is None else state.limit
         self.demand = total(state.running.values())
-        self.by_tenant: dict[str, int] = {}
+        self.by_tenant = by_tenant = dict[str, int]()
         for entry in state.running.values():
-            tenant = entry.tenant
-            self.by_tenant[tenant] = self.by_tenant.get(tenant, 0) + entry.need_nbytes
-        self.nbytes = sum(self.by_tenant.values())
+            by_tenant[entry.tenant] = by_tenant.get(entry.tenant, 0) + entry.need_nbytes
+        self.nbytes = sum(by_tenant.values())
         self.demoted: dict[str, Decision] = {}
         self.shrunk: dict[str, Decision] = {}
         self.parked: list[Decision] = []
@@ -76,13 +75,12 @@ class Books:
         self._misfits: dict[int, Demand] = {}
         self._shortages: dict[tuple[int, bool], tuple[Reason, str]] = {}
         self._backing: tuple[int, bool] | None = None
+        self._fitting: Demand | None = None
         self.exchanges = 0
         self._view: Moment | None = None
         self._lasting = lasting
         self._slots = rules.config.max_running
-        specs = [tenant.spec for tenant in state.tenants.values()]
-        self.has_floors = any(spec.floor_nbytes for spec in specs)
-        self.has_ceilings = any(spec.ceiling_nbytes is not None for spec in specs)
+        self.has_floors, self.has_ceilings = state.has_floors, state.has_ceilings
 
     def view(self, *, forced: bool) -> SystemView:
         """What the policy sees now."""
@@ -131,6 +129,14 @@ class Books:
         """
         return id(entry.need) in self._misfits
 
+    def vouch(self, entry: Entry) -> None:
+        """Take it from the caller, who has asked, that the entry fits now."""
+        self._fitting = entry.need
+
+    def has_room(self, entry: Entry) -> bool:
+        """Whether what runs fits, and the entry besides."""
+        return entry.need is self._fitting or (not self.is_misfit(entry) and self.fits(entry))
+
     def shortage(self, entry: Entry) -> tuple[Reason, str]:
         """That an entry does not fit; said once for all that need as much."""
         self._misfits[id(entry.need)] = entry.need
@@ -168,11 +174,14 @@ class Books:
         """What was seen and said of what is promised holds no more."""
         self._view = None
         self._shortages.clear()
-        self._backing = None
+        self._fitting = None
 
     def add(self, entry: Entry) -> None:
         """Promise an entry what it needs next."""
         self._changed()
+        if self._backing is not None and entry.state is StreamState.QUEUED:
+            nbytes, everybody = self._backing
+            self._backing = nbytes + entry.worst_nbytes * entry.backed, everybody and entry.backed
         self.demand += entry.need
         self.nbytes += entry.need_nbytes
         self.by_tenant[entry.tenant] = self.held(entry.tenant) + entry.need_nbytes

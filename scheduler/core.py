@@ -86,17 +86,20 @@ def decide(
 
 def _charge(rules: Rules, state: State, seconds: float) -> None:
     """Tenants pay for the latest plan: for its chunks, and for holding memory until now."""
-    config = rules.config
+    tenants, pool = state.tenants, rules.cache.pool_nbytes
+    chunk_cost, held_cost = rules.config.chunk_cost, rules.config.pool_second_cost * seconds
+    dearest = state.dearest_chunk
     accounts: dict[str, tuple[float, float]] = {}
     for name, nbytes, chunks in state.charges:
-        cost = config.chunk_cost * chunks + config.pool_second_cost * seconds * nbytes / rules.cache.pool_nbytes
-        state.dearest_chunk = max(state.dearest_chunk, cost)
-        if name in state.tenants:
-            tenant = state.tenants[name]
+        cost = chunk_cost * chunks + held_cost * nbytes / pool
+        dearest = cost if cost > dearest else dearest
+        tenant = tenants.get(name)
+        if tenant is not None:
             service, virtual_time = accounts.get(name) or (tenant.service, tenant.virtual_time)
             accounts[name] = service + cost, virtual_time + cost / tenant.weight
+    state.dearest_chunk = dearest
     for name, (service, virtual_time) in accounts.items():
-        state.tenants[name] = state.tenants[name].but(service=service, virtual_time=virtual_time)
+        tenants[name] = tenants[name].but(service=service, virtual_time=virtual_time)
     state.charges = ()
 
 
@@ -141,14 +144,14 @@ def _advance(rules: Rules, state: State) -> tuple[Decision, ...]:
     """What everybody who runs does next; they are charged for it with the next step."""
     most, decisions, charges = rules.cache.frames_per_chunk, [], []
     for entry in state.by_arrival():
-        request, decision = entry.request, entry.decision
-        start, end = entry.committed, min(entry.committed + most, request.frames)
+        request, decision, start = entry.request, entry.decision, entry.committed
+        end = min(start + most, request.frames)
         frames = range(start, end)
         if decision.frames != frames:
             text = f"frames {start}-{end - 1} of {request.frames}"
             decision = Decision(entry.id, Reason.ADVANCE, text, frames)
             state.running[entry.id] = entry.but(decision=decision)
         decisions.append(decision)
-        charges.append((request.tenant, entry.need_nbytes, request.branches))
+        charges.append((entry.tenant, entry.need_nbytes, request.branches))
     state.charges = tuple(charges)
     return tuple(decisions)

@@ -141,8 +141,9 @@ def total(entries: Iterable[Entry]) -> Demand:
     """What is reserved for them together."""
     dense = quantised = codebooks = demoted = 0
     for entry in entries:
-        dense += entry.need.dense_pages
-        quantised += entry.need.quantised_pages
-        codebooks += entry.need.codebooks
-        demoted += entry.need.demoted_pages
+        need = entry.need
+        dense += need.dense_pages
+        quantised += need.quantised_pages
+        codebooks += need.codebooks
+        demoted += need.demoted_pages
     return Demand(dense, quantised, codebooks, demoted)

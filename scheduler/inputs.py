@@ -1,6 +1,6 @@
 """What may happen to a scheduler between two plans, and what each of these things does to its state."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 from qvg_paged.config import Window
@@ -113,7 +113,9 @@ def _submit(rules: Rules, state: State, request: StreamRequest) -> Decision:
         reason, text = refusal
         quiet = len(state.leaving) >= HISTORY
         return state.end(entry, StreamState.FAILED, reason, f"refused: {text}", announced=quiet).decision
-    state.tenants.setdefault(request.tenant, Tenant(rules.config.default_tenant))
+    if request.tenant not in state.tenants:
+        state.tenants[request.tenant] = Tenant(rules.config.default_tenant)
+        state.note_rights()
     standing = entry.standing(state.tenants[request.tenant])
     state.enqueue(rules.need(entry, rules.parking is not None, **standing))
     return decision
@@ -159,6 +161,7 @@ def _make_room(rules: Rules, state: State) -> bool:
         busy = {entry.tenant for group in groups for entry in group.values()}
         state.tenants = {name: t for name, t in state.tenants.items() if t.configured or name in busy}
         state.left = state.left.intersection(state.tenants)
+        state.note_rights()
     return len(state.tenants) < rules.config.max_tenants
 
 
@@ -187,6 +190,7 @@ def _set_tenant(rules: Rules, state: State, name: str, spec: TenantSpec) -> None
     if old is None:
         old = Tenant(spec)
     state.tenants[name] = tenant = replace(old, spec=spec, configured=True)
+    state.note_rights()
     for group in (state.queued, state.running, state.parked):
         theirs = [entry for entry in group.values() if entry.tenant == name]
         group.update({entry.id: entry.but(**entry.standing(tenant)) for entry in theirs})
@@ -230,14 +234,12 @@ def _fail(state: State, entry: Entry, failed: Mapping[str, str]) -> None:
 
 def _check_outcome(plan: Plan, outcome: Outcome) -> None:
     check_kind("outcome", outcome, Outcome)
+    check_kind("outcome.committed", outcome.committed, Mapping)
+    check_kind("outcome.failed", outcome.failed, Mapping)
     planned = {decision.stream_id: len(decision.frames or ()) for decision in plan.running}
-    for name in ("committed", "failed"):
-        check_kind(f"outcome.{name}", getattr(outcome, name), Mapping)
-    may_fail = {*planned, *(decision.stream_id for decision in plan.parked)} if outcome.failed else planned.keys()
-    for name, ids, known in (("committed", outcome.committed, planned.keys()), ("failed", outcome.failed, may_fail)):
-        if not ids.keys() <= known:
-            unknown = sorted(map(shown, ids.keys() - known))
-            raise ArgumentError(f"outcome.{name}: expected running streams of the plan, got [{', '.join(unknown)}]")
+    _check_names("committed", outcome.committed, planned.keys())
+    if outcome.failed:
+        _check_names("failed", outcome.failed, {*planned, *[decision.stream_id for decision in plan.parked]})
     for stream_id, frames in outcome.committed.items():
         if isinstance(frames, bool) or not isinstance(frames, int) or not 0 <= frames <= planned[stream_id]:
             most = planned[stream_id]
@@ -245,3 +247,9 @@ def _check_outcome(plan: Plan, outcome: Outcome) -> None:
     for stream_id, text in outcome.failed.items():
         if not isinstance(text, str):
             raise ArgumentError(f"outcome.failed[{stream_id!r}]: expected what went wrong in words, got {shown(text)}")
+
+
+def _check_names(name: str, told: Mapping[str, object], known: Set[str]) -> None:
+    if not told.keys() <= known:
+        unknown = sorted(map(shown, told.keys() - known))
+        raise ArgumentError(f"outcome.{name}: expected running streams of the plan, got [{', '.join(unknown)}]")

@@ -132,11 +132,10 @@ class FairShare:
     def turns(self, view: SystemView) -> Turns:
         """By the virtual time at which each stream's turn comes, if all before it and those that run take one chunk."""
         step = view.dearest_chunk or 1.0
-        running = _count(view.running)
-        turns = {}
-        for name, tenant in view.tenants.items():
-            width = step / tenant.weight
-            turns[name] = tenant.virtual_time + width * running.get(name, 0), width
+        turns = {name: (tenant.virtual_time, step / tenant.weight) for name, tenant in view.tenants.items()}
+        for name, count in _count(view.running).items():
+            start, width = turns[name]
+            turns[name] = start + width * count, width
         return turns
 
     def rank(self, view: SystemView) -> Sequence[str]:
@@ -158,10 +157,12 @@ class FairShare:
             owner = tenants[stream.tenant]
             width = step / owner.weight
             mine = owner.virtual_time + width * running.get(stream.tenant, 0)
+        slack = 1 + self.quantum
         for name, count in running.items():
             tenant = tenants[name]
-            end = tenant.virtual_time + step / tenant.weight * count
-            if end - mine > (1 + self.quantum) * (width + step / tenant.weight) / 2:
+            theirs = step / tenant.weight
+            end = tenant.virtual_time + theirs * count
+            if end - mine > slack * (width + theirs) / 2:
                 ahead[name] = -end
         if not ahead:
             return []

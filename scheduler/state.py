@@ -36,7 +36,7 @@ class State:
         news: ids of waiting streams about which the latest step decided something else than the one before.
         leaving: final ones that no plan has told of yet.
         done: final ones, the latest 1,024 of them.
-        tenants: by name.
+        tenants: by name; `has_floors`, `has_ceilings` say whether any of them has one (`note_rights`).
         limit: bytes that may be promised if less than the pool.
         leader: running stream that may not be parked; `leader_chunks` is how many chunks it had finished then.
         hold: steps for which admission pauses because someone had to be parked.
@@ -60,6 +60,8 @@ class State:
     leaving: dict[str, Entry] = field(default_factory=dict)
     done: History = field(default_factory=lambda: History(HISTORY))
     tenants: dict[str, Tenant] = field(default_factory=dict)
+    has_floors: bool = False
+    has_ceilings: bool = False
     limit: int | None = None
     leader: str = ""
     leader_chunks: int = 0
@@ -89,6 +91,12 @@ class State:
         """The lines as they are now and stay: whoever changes one from here on makes a copy first."""
         self._own.clear()
         return dict(self.lines)
+
+    def note_rights(self) -> None:
+        """Tenants have come, gone or changed."""
+        specs = [tenant.spec for tenant in self.tenants.values()]
+        self.has_floors = any(spec.floor_nbytes for spec in specs)
+        self.has_ceilings = any(spec.ceiling_nbytes is not None for spec in specs)
 
     def decision(self, entry: Entry) -> Decision:
         """The latest decision about a stream."""

@@ -61,7 +61,7 @@ MUTANTS = (
     Mutant("core", "entry is None or entry.chunks > state.leader_chunks", "True", "the leader changes every step"),
     Mutant("core", "if not state.leader and state.running:", "if False:", "nobody leads"),
     Mutant("core", "virtual_time + cost / tenant.weight", "virtual_time", "service is not charged"),
-    Mutant("core", "entry.committed, min(", "entry.committed, max(", "more frames than asked for"),
+    Mutant("core", "min(start + most, request.frames)", "start + most", "more frames than asked for"),
     Mutant("core", "if not e.decision.reason.is_refusal", "if False", "ends are not announced"),
     Mutant("inputs", "entry.backed, committed=committed", "entry.backed, committed=entry.committed",
            "progress is lost"),
