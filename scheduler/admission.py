@@ -224,15 +224,16 @@ def _make_way(books: Books, advice: Advice, entry: Entry) -> bool:
         named = {other.id for other in wanted}
         rest = [other for other in reversed(books.state.by_arrival()) if other.id in view.parkable - named]
         wanted += [other for other in rest if other.tenant != entry.tenant]
-    held = dict(books.by_tenant)
+    held, running = dict(books.by_tenant), books.demand
     victims: list[Entry] = []
     for other in wanted:
         floor = books.state.tenants[other.tenant].spec.floor_nbytes
         if other.tenant != entry.tenant and held[other.tenant] - other.need_nbytes < floor:
             continue
         held[other.tenant] -= other.need_nbytes
+        running -= other.need
         victims.append(other)
-        if books.fits(entry, victims):
+        if books.fits(entry, len(victims), running=running):
             break
     else:
         return False

@@ -48,7 +48,7 @@ class Books:
     Attributes:
         limit: bytes that may be promised.
         demand, nbytes: to all running streams.
-        by_tenant: bytes by tenant.
+        by_tenant: bytes by tenant; `counts` are its running streams, if it has any.
         has_floors, has_ceilings: whether any tenant has one.
         demoted, shrunk: decisions about streams that were squeezed in this step, by id.
         parked: decisions about streams that were parked in this step.
@@ -65,8 +65,11 @@ class Books:
         self.limit = rules.cache.pool_nbytes if state.limit is None else state.limit
         self.demand = total(state.running.values())
         self.by_tenant = by_tenant = dict[str, int]()
+        self.counts = counts = dict[str, int]()
         for entry in state.running.values():
-            by_tenant[entry.tenant] = by_tenant.get(entry.tenant, 0) + entry.need_nbytes
+            tenant = entry.tenant
+            by_tenant[tenant] = by_tenant.get(tenant, 0) + entry.need_nbytes
+            counts[tenant] = counts.get(tenant, 0) + 1
         self.nbytes = sum(by_tenant.values())
         self.demoted: dict[str, Decision] = {}
         self.shrunk: dict[str, Decision] = {}
@@ -91,9 +94,8 @@ class Books:
         return self._view
 
     def _look(self, *, forced: bool) -> Moment:
-        return Moment.of(
-            self.rules, self.state, self.now, self.seed, self.by_tenant, forced=forced, lasting=self._lasting
-        )
+        held = self.by_tenant, self.counts
+        return Moment.of(self.rules, self.state, self.now, self.seed, held, forced=forced, lasting=self._lasting)
 
     @property
     def is_full(self) -> bool:
@@ -105,17 +107,16 @@ class Books:
         """Bytes promised to a tenant's running streams."""
         return self.by_tenant.get(tenant, 0)
 
-    def fits(self, entry: Entry | None = None, without: Sequence[Entry] = (), *, running: Demand | None = None) -> bool:
-        """Whether what runs, `entry` besides and `without` left out, fits the pool or what may be used of it.
+    def fits(self, entry: Entry | None = None, without: int = 0, *, running: Demand | None = None) -> bool:
+        """Whether what runs, and `entry` besides, fits the pool or what may be used of it.
 
-        `running` is what is promised to running streams if not `demand`.
+        `running` is what is promised to running streams if not `demand`, `without` so many of them.
         """
-        demand = self.demand if running is None else running
-        demands = [demand - total(without) if without else demand]
+        demands = [self.demand if running is None else running]
         room = self.limit
         if entry is not None:
             demands.append(entry.need)
-            others = len(self.state.running) - len(without)
+            others = len(self.state.running) - without
             if self.rules.parking is not None and others:
                 room -= int(room * self.rules.config.headroom)
         if room == self.rules.cache.pool_nbytes:
@@ -185,6 +186,7 @@ class Books:
         self.demand += entry.need
         self.nbytes += entry.need_nbytes
         self.by_tenant[entry.tenant] = self.held(entry.tenant) + entry.need_nbytes
+        self.counts[entry.tenant] = self.counts.get(entry.tenant, 0) + 1
 
     def lower(self, entry: Entry, relief: Relief) -> None:
         """Store a running stream more cheaply: `entry` is what it is from now on."""
@@ -206,6 +208,9 @@ class Books:
         self.demand -= entry.need
         self.nbytes -= entry.need_nbytes
         self.by_tenant[entry.tenant] -= entry.need_nbytes
+        self.counts[entry.tenant] -= 1
+        if not self.counts[entry.tenant]:
+            del self.counts[entry.tenant]
         decision = Decision(entry.id, reason, text)
         self.state.park(
             self.rules,

@@ -142,16 +142,15 @@ def _elect_leader(state: State) -> None:
 
 def _advance(rules: Rules, state: State) -> tuple[Decision, ...]:
     """What everybody who runs does next; they are charged for it with the next step."""
-    most, decisions, charges = rules.cache.frames_per_chunk, [], []
+    most, told, charges = rules.cache.frames_per_chunk, dict[str, Decision](), []
     for entry in state.by_arrival():
-        request, decision, start = entry.request, entry.decision, entry.committed
+        name, request, start = entry.id, entry.request, entry.committed
         end = min(start + most, request.frames)
-        frames = range(start, end)
-        if decision.frames != frames:
+        decision = state.advances.get(name)
+        if decision is None or decision.frames != range(start, end):
             text = f"frames {start}-{end - 1} of {request.frames}"
-            decision = Decision(entry.id, Reason.ADVANCE, text, frames)
-            state.running[entry.id] = entry.but(decision=decision)
-        decisions.append(decision)
+            decision = Decision(name, Reason.ADVANCE, text, range(start, end))
+        told[name] = decision
         charges.append((entry.tenant, entry.need_nbytes, request.branches))
-    state.charges = tuple(charges)
-    return tuple(decisions)
+    state.advances, state.charges = told, tuple(charges)
+    return tuple(told.values())

@@ -28,7 +28,8 @@ class Entry:
         worst, worst_nbytes: pool objects at its worst, all branches, and their bytes.
         need, need_nbytes: what is reserved when it runs next.
         arrival: serial number of its submission.
-        decision: the latest decision about it alone; `State.decision` has what it was told with others.
+        decision: the latest decision about it alone, but what it does next while it runs; `State.decision` has that and
+            what it was told with others.
         state: where it is.
         committed: frames committed.
         chunks: chunks finished; `chunks_before` is their number when it last began to run.

@@ -57,7 +57,8 @@ class Rules:
             frames = most if most < left else left
             squeeze = changes.get("squeeze", entry.squeeze)
             demand, nbytes = self._for_chunk(request.window, committed, frames, squeeze, request.branches)
-        changes.update(need=demand, need_nbytes=nbytes, backed=backed, committed=committed)
+        changes["need"], changes["need_nbytes"], changes["backed"] = demand, nbytes, backed
+        changes["committed"] = committed
         return entry.changed(changes)
 
     @cached_property

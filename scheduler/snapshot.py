@@ -136,7 +136,7 @@ class Moment(SystemView):
         state: State,
         now: float,
         seed: int,
-        held: Mapping[str, int],
+        held: tuple[Mapping[str, int], Mapping[str, int]],
         *,
         forced: bool,
         lasting: bool,
@@ -145,7 +145,7 @@ class Moment(SystemView):
 
         Args:
             rules, state, now, seed: of the step.
-            held: promised bytes by tenant.
+            held: promised bytes, and running streams, by tenant.
             forced: whether somebody must make room, so that also those are parkable who have just come in.
             lasting: whether it stays as it is while the state changes. Policies of this package do without: they see
                 tenants and running streams themselves, which have of their views what those policies ask for.
@@ -160,7 +160,8 @@ class Moment(SystemView):
             lasting=lasting,
             _rules=rules,
             _state=state,
-            _held=held,
+            _held=held[0],
+            running_by_tenant=dict(held[1]) if lasting else held[1],
         )
         if lasting:
             for name in _PARTS:

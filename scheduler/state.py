@@ -4,6 +4,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from qvg_paged.errors import ArgumentError
 from qvg_paged.scheduler.checks import shown
@@ -33,6 +34,7 @@ class State:
         apart: ids of waiting streams to which `Entry.decision` applies; to the others what their tenant's or
             everybody's `group` is told.
         group: why most streams wait; `barred` why those of some tenants do.
+        advances: what running streams do next, by the latest plan.
         news: ids of waiting streams about which the latest step decided something else than the one before.
         leaving: final ones that no plan has told of yet.
         done: final ones, the latest 1,024 of them.
@@ -56,6 +58,7 @@ class State:
     apart: set[str] = field(default_factory=set)
     group: Group = BEHIND
     barred: Mapping[str, Group] = field(default_factory=dict)
+    advances: Mapping[str, Decision] = field(default_factory=dict)
     news: tuple[str, ...] = ()
     leaving: dict[str, Entry] = field(default_factory=dict)
     done: History = field(default_factory=lambda: History(HISTORY))
@@ -100,7 +103,9 @@ class State:
 
     def decision(self, entry: Entry) -> Decision:
         """The latest decision about a stream."""
-        if entry.id in self.apart or entry.state not in (StreamState.QUEUED, StreamState.PARKED):
+        if entry.state is StreamState.RUNNING:
+            return self.advances[entry.id]
+        if entry.id in self.apart or entry.state.is_final:
             return entry.decision
         return Decision(entry.id, *self.barred.get(entry.tenant, self.group))
 
@@ -178,13 +183,15 @@ class State:
         """Running streams in order of arrival."""
         return sorted(self.running.values(), key=ARRIVAL)
 
-    def end(self, entry: Entry, state: StreamState, reason: Reason, text: str, *, announced: bool = False) -> Entry:
-        """Move a stream to a final state; what it held is free again once a plan has told of it."""
+    def end(
+        self, entry: Entry, state: StreamState, reason: Reason, text: str, *, announced: bool = False, **changes: Any
+    ) -> Entry:
+        """Move a stream, changed, to a final state; what it held is free again once a plan has told of it."""
         if entry.id in self.running or entry.id in self.parked:
             self.hold = 0
         self.running.pop(entry.id, None)
         self._leave_line(entry)
-        entry = entry.but(state=state, decision=Decision(entry.id, reason, text))
+        entry = entry.but(state=state, decision=Decision(entry.id, reason, text), **changes)
         if announced:
             self.remember(entry)
         else:

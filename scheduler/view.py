@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from math import inf
 from typing import Any
 
@@ -129,6 +130,14 @@ class SystemView:
     def waiting_ids(self) -> Set[str]:
         """Ids of `waiting`."""
         return {stream.id for stream in self.waiting}
+
+    @cached_property
+    def running_by_tenant(self) -> Mapping[str, int]:
+        """How many streams each tenant has in `running`, if any."""
+        found: dict[str, int] = {}  # `collections.Counter` at a fifth of its price
+        for stream in self.running:
+            found[stream.tenant] = found.get(stream.tenant, 0) + 1
+        return found
 
     def waited(self, stream: StreamView) -> float:
         """Seconds since the stream began to wait, or to run."""
