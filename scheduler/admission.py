@@ -281,7 +281,7 @@ def _wait(books: Books, entry: Entry, reason: Reason, text: str) -> Decision:
 def _settle(books: Books, told: Mapping[str, Decision], group: Group, barred: Mapping[str, Group]) -> None:
     """Note what those in line are told whom nobody looked at, and to whom of them it is new."""
     state = books.state
-    apart = {*told, *(decision.stream_id for decision in books.parked)}
+    apart = {*told, *[decision.stream_id for decision in books.parked]}
     news: list[tuple[int, str]] = []
     for stream_id in state.apart - apart:
         entry = state.queued.get(stream_id) or state.parked.get(stream_id)

@@ -63,10 +63,11 @@ class Books:
     def __init__(self, rules: Rules, state: State, now: float, seed: int, *, lasting: bool = True) -> None:
         self.rules, self.state, self.now, self.seed = rules, state, now, seed
         self.limit = rules.cache.pool_nbytes if state.limit is None else state.limit
-        self.demand = total(state.running.values())
+        running = state.running.values()
+        self.demand = total(running)
         self.by_tenant = by_tenant = dict[str, int]()
         self.counts = counts = dict[str, int]()
-        for entry in state.running.values():
+        for entry in running:
             tenant = entry.tenant
             by_tenant[tenant] = by_tenant.get(tenant, 0) + entry.need_nbytes
             counts[tenant] = counts.get(tenant, 0) + 1

@@ -158,7 +158,8 @@ class FairShare:
                 ahead[name] = -end
         if not ahead:
             return []
-        found = [other for other in view.running if other.tenant in ahead and other.id in view.parkable]
+        parkable = view.parkable
+        found = [other for other in view.running if other.tenant in ahead and other.id in parkable]
         return [other.id for other in sorted(found, key=lambda other: (ahead[other.tenant], -other.arrival))]
 
 

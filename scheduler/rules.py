@@ -48,13 +48,13 @@ class Rules:
 
     def need(self, entry: Entry, backed: bool, *, committed: int | None = None, **changes: Any) -> Entry:
         """The entry, changed, with what must be reserved for it to run next."""
-        committed = entry.committed if committed is None else committed
+        if committed is None:
+            committed = entry.committed
         if self.parking is None or not backed:
             demand, nbytes = entry.worst, entry.worst_nbytes
         else:
             request = entry.request
-            most, left = self.cache.frames_per_chunk, request.frames - committed
-            frames = most if most < left else left
+            frames = min(self.cache.frames_per_chunk, request.frames - committed)
             squeeze = changes.get("squeeze", entry.squeeze)
             demand, nbytes = self._for_chunk(request.window, committed, frames, squeeze, request.branches)
         changes["need"], changes["need_nbytes"], changes["backed"] = demand, nbytes, backed
