@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Set
 from math import ceil
+from typing import Any
 
 from qvg_paged.scheduler.books import Advice, Books
 from qvg_paged.scheduler.decision import Decision, Reason
@@ -219,7 +220,8 @@ def _make_way(books: Books, advice: Advice, entry: Entry) -> bool:
     view = books.view(forced=False)
     if not view.parkable or not (entry.state is StreamState.PARKED or _is_safe(books, entry)):
         return False
-    wanted = [books.state.running[name] for name in advice.park(view, entry if advice.keyed else entry.view)]
+    asking: Any = entry if advice.keyed else entry.view  # an entry has of its view what policies of this package ask for
+    wanted = [books.state.running[name] for name in advice.park(view, asking)]
     if claim:
         named = {other.id for other in wanted}
         rest = [other for other in reversed(books.state.by_arrival()) if other.id in view.parkable - named]

@@ -215,8 +215,8 @@ def _report(rules: Rules, state: State, plan: Plan, outcome: Outcome) -> None:
         if entry.id in outcome.failed:
             _fail(state, entry.but(committed=committed, chunks=entry.chunks + bool(frames)), outcome.failed)
         elif committed == entry.request.frames:
-            done = {"committed": committed, "chunks": entry.chunks + 1}
-            state.end(entry, StreamState.FINISHED, Reason.COMPLETED, f"all {committed} frames are committed", **done)
+            text, chunks = f"all {committed} frames are committed", entry.chunks + 1
+            state.end(entry, StreamState.FINISHED, Reason.COMPLETED, text, committed=committed, chunks=chunks)
         elif frames:
             state.running[entry.id] = rules.need(
                 entry, entry.backed, committed=committed, chunks=entry.chunks + 1, stalls=0, progressed=state.step
