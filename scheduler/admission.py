@@ -220,7 +220,7 @@ def _make_way(books: Books, advice: Advice, entry: Entry) -> bool:
     view = books.view(forced=False)
     if not view.parkable or not (entry.state is StreamState.PARKED or _is_safe(books, entry)):
         return False
-    asking: Any = entry if advice.keyed else entry.view  # an entry has of its view what policies of this package ask for
+    asking: Any = entry if advice.keyed else entry.view  # policies of this package ask for nothing that differs
     wanted = [books.state.running[name] for name in advice.park(view, asking)]
     if claim:
         named = {other.id for other in wanted}
