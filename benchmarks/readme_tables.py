@@ -145,7 +145,9 @@ def _scheduler(content: Result) -> str:
         [row["name"], row["bound"], row["value"], "held" if row["held"] else "**missed**"]
         for row in content["results"]["rows"]
     ]
-    return _grid(["promise", "bound", "found", ""], rows)
+    costs = [[cost["name"], cost["value"]] for cost in content["results"].get("costs", [])]
+    shown = f"\n\n{_grid(['what the ladder costs in pictures', 'change'], costs)}" if costs else ""
+    return _grid(["promise", "bound", "found", ""], rows) + shown
 
 
 TABLES: dict[str, tuple[str, str, Callable[[Result], str]]] = {

@@ -2,8 +2,9 @@
 
     python benchmarks/scheduler_bounds.py --json benchmarks/results/<device>/scheduler.json
 
-Exit status 0 only if all of them held. Costs are round figures but in the part "measured", which takes them from
-``nvidia-h200/bench.json``, and is left out without it. Times are those of the fastest of several tries.
+Exit status 0 only if all of them held; what the ladder costs in pictures is shown besides. Costs are round figures but
+in the part "measured", which takes them from ``nvidia-h200/bench.json``, and is left out without it. Times are those of
+the fastest of several tries.
 """
 
 import argparse
@@ -35,7 +36,7 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
     "attacks": lambda: attacks(range(4), _tell),
     "starvation": lambda: starvation(range(4)),
     "oversubscription": lambda: oversubscription(range(3)),
-    "ladder": lambda: [*ladder(), *quality(COSTS.parent)],
+    "ladder": ladder,
     "rungs": lambda: rungs(range(4)),
     "measured": lambda: measured(COSTS, range(2), _tell),
     "time": decision_time,
@@ -56,7 +57,10 @@ def run(parts: list[str]) -> dict[str, Any]:
             )
         rows += found
         _tell(f"{part}: {time.perf_counter() - began:.0f} s")
-    return {"rows": [asdict(row) for row in rows]}
+    costs = quality(COSTS.parent) if "ladder" in parts else []
+    for cost in costs:
+        print(f"shown   {cost['name']}: {cost['value']}; {cost['text']}", flush=True)
+    return {"rows": [asdict(row) for row in rows], "costs": costs}
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ from qvg_paged.scheduler import (
     ParkingBackend,
     Plan,
     Policy,
+    Priority,
     Reason,
     Reservation,
     Scheduler,
@@ -387,6 +388,28 @@ def test_one_that_may_never_be_parked_must_fit_beside_the_largest_that_may() -> 
     assert plan.waiting[0].text == "may hold 3 bytes, for which the host has no room left"
     desk.scheduler.cancel("b")
     assert names(desk.step().admitted) == ["c"], "two bytes stay free for ever"
+
+
+def test_parked_streams_pass_a_newcomer_before_them_that_waits_for_room_on_the_host() -> None:
+    desk = Desk(Shelf(10, host=8), Priority(), hold_steps=0)
+    desk.submit("a", 8)
+    desk.steps(2)
+    desk.scheduler.limit_pool(0)
+    assert names(desk.step().parked) == ["a"]
+    desk.scheduler.limit_pool(None)
+    desk.submit("b", 3, priority=9)
+    plan = desk.step()
+    assert names(plan.resumed) == ["a"]
+    assert [(decision.stream_id, decision.reason) for decision in plan.waiting] == [("b", Reason.NO_HOST_MEMORY)]
+
+
+def test_streams_that_need_as_much_are_told_the_same_and_another_what_it_needs() -> None:
+    desk = Desk(Board(10), overtakes=2)
+    desk.submit("a", 6)
+    for name, frames in (("b", 8), ("c", 8), ("d", 9)):
+        desk.submit(name, frames)
+    told = [decision.text.partition(" bytes of the pool")[0] for decision in desk.step().waiting]
+    assert told == ["needs 8", "needs 8", "needs 9"]
 
 
 @pytest.mark.parametrize("overtakes", [0, 2])

@@ -80,8 +80,11 @@ def ladder() -> list[Row]:
     return rows
 
 
-def quality(folder: Path) -> list[Row]:
-    """What a rung costs in pictures: closed loop against the same video from an unquantised cache, as recorded."""
+def quality(folder: Path) -> list[dict[str, str]]:
+    """What a rung costs in pictures: closed loop against the same video from an unquantised cache, as recorded.
+
+    Shown beside the bounds: how much a picture may cost is for a stream's floor to say.
+    """
     rows = []
     for file, before, after in COSTS:
         if not (folder / file).exists():
@@ -90,7 +93,7 @@ def quality(folder: Path) -> list[Row]:
         found = {row["name"]: row["dense"]["mean"] for row in content}
         drop = found[after] - found[before]
         text = f"{after} ({found[after]:.2f} dB) after {before} ({found[before]:.2f} dB); {file} of {folder.name}"
-        rows.append(Row(f"ladder, cost in pictures: {after}", "shown", f"{drop:+.2f} dB", True, text))
+        rows.append({"name": after, "value": f"{drop:+.2f} dB", "text": text})
     return rows
 
 
