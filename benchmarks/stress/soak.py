@@ -119,6 +119,7 @@ def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ran = Counter((str(seed.get("commit", "")), str(seed.get("on", ""))) for seed in found)
     return {
         "seeds": len(found),
+        "which": _stretches(sorted(seed["seed"] for seed in found)),
         "events": sum(seed["events"] for seed in good),
         "least_events": min((seed["events"] for seed in good), default=0),
         "steps": sum(seed["steps"] for seed in good),
@@ -131,6 +132,13 @@ def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "coverage": rows(fired),
         "coverage_text": print_matrix(fired),
     }
+
+
+def _stretches(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last of each stretch of ascending numbers without a gap."""
+    starts = [place for place, number in enumerate(numbers) if not place or number != numbers[place - 1] + 1]
+    stops = [*starts[1:], len(numbers)]
+    return [(numbers[start], numbers[stop - 1]) for start, stop in zip(starts, stops, strict=False)]
 
 
 def main() -> int:
