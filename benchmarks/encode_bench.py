@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,13 @@ from qvg_paged.kernels import (
     _decode_triton,
     _encode_triton,
     _kmeans_triton,
+    _span_plan,
     _span_triton,
     _spread_triton,
     _tokens_triton,
 )
+from qvg_paged.kernels._span_plan import scratch_nbytes, seen_stride, workspace_nbytes
+from qvg_paged.kernels._span_workspace import Workspace
 from qvg_paged.kernels.decode import decode_pages
 from qvg_paged.kernels.encode import encode_part
 from qvg_paged.kernels.formats import DENSE, FORMATS, PageFormat
@@ -44,20 +48,19 @@ GRID = (30, 52)
 ITERATIONS = 2
 FORMAT_NAMES = ("qvg4-int2", "qvg-int2")
 SHAPES = {
-    "assign": (_kmeans_triton, "ASSIGN", [
-        {"T": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
-        {"T": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
-        {"T": 64, "BLOCK_K": 256, "num_warps": 4, "num_stages": 2},
-        {"T": 128, "BLOCK_K": 256, "num_warps": 8, "num_stages": 2},
-        {"T": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2},
-        {"T": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1},
+    "assign": (_kmeans_triton, "HOPPER_ASSIGN", [
+        {"AHEAD": 2, "num_warps": 4}, {"AHEAD": 2, "num_warps": 8}, {"AHEAD": 3, "num_warps": 8},
     ]),
     "update": (_kmeans_triton, "HOPPER_SUM", [
         {"AHEAD": 3, "num_warps": 8}, {"AHEAD": 2, "num_warps": 8}, {"AHEAD": 4, "num_warps": 8},
     ]),
-    "pack": (_encode_triton, "PACK", [
-        {"R": 16, "num_warps": 4}, {"R": 8, "num_warps": 2}, {"R": 16, "num_warps": 2},
+    "sample": (_tokens_triton, "SEEN_RUN", [64 * 36, 64 * 18]),
+    "pack": (_encode_triton, "SEARCH_PACK", [
+        {"R": 16, "W": 4, "num_warps": 2}, {"R": 8, "W": 4, "num_warps": 1}, {"R": 32, "W": 4, "num_warps": 4},
+        {"R": 16, "W": 4, "num_warps": 4}, {"R": 8, "W": 2, "num_warps": 2}, {"R": 8, "W": 1, "num_warps": 2},
+        {"R": 16, "W": 4, "num_warps": 2, "maxnreg": 128}, {"R": 16, "W": 4, "num_warps": 2, "maxnreg": 144},
     ]),
+    "spread": (_span_plan, "MOMENT_TOKENS", [512, 1024, 256]),
     "decode": (_decode_triton, "DECODE", [
         {"R": 16, "H": 4, "num_warps": 4}, {"R": 16, "H": 1, "num_warps": 4}, {"R": 8, "H": 1, "num_warps": 2},
         {"R": 32, "H": 1, "num_warps": 8},
@@ -258,21 +261,33 @@ def stages_of(span: Span) -> dict[str, Callable[[], object]]:
     shape = (1, len(rows), key.num_centroids, key.head_dim)
     calls: dict[str, Callable[[], object]] = {}
     inverse = None
+    scratch = torch.empty(len(rows) * scratch_nbytes(tokens.span_tokens, key) * 8, dtype=torch.uint8, device=device)
+    workspace = Workspace(3 * len(rows) * tokens.span_tokens, device)
+    stride = seen_stride(span.frames, key.tokens, key.num_centroids)
     if key.codec.balanced:
-        inverse = _spread_triton.write_spread(tokens, (key, value), span.pool, places.books, rows)
-        calls["spread"] = lambda: _spread_triton.write_spread(tokens, (key, value), span.pool, places.books, rows)
+        inverse = torch.empty((len(rows), key.head_dim), device=device)
+        calls["spread"] = lambda: _spread_triton.write_spread(
+            tokens.sample(stride), (key, value), span.pool, places.books, rows, inverse, scratch
+        )  # fmt: skip
+        calls["spread"]()
     group = _tokens_triton.RowGroup(
-        tokens, rows, inverse, _tokens_triton.empty_ids(1, len(rows), tokens.span_tokens, device),
-        torch.empty(shape, dtype=torch.bfloat16, device=device), torch.empty(shape[1:3], device=device),
+        tokens, rows, inverse, _tokens_triton.empty_ids(1, len(rows), tokens.span_tokens, workspace),
+        torch.empty(shape, dtype=torch.bfloat16, device=device), torch.empty(shape[1:3], device=device), scratch,
     )  # fmt: skip
     seeds = torch.arange(key.num_centroids, dtype=torch.int32, device=device) * 101 % tokens.span_tokens
     _centroids_triton.seed(group, 0, seeds, group.centroids[0])
-    _kmeans_triton.assign(group, 0)
+    sample = _tokens_triton.sample_of(group, stride, workspace)
+    for some in (group, sample):
+        _kmeans_triton.assign(some, 0)
     means = torch.empty_like(group.centroids[0])
     return calls | {
         "seed": lambda: _centroids_triton.seed(group, 0, seeds, means),
         "assign": lambda: _kmeans_triton.assign(group, 0),
         "update": lambda: _centroids_triton.update(group, 0, means),
+        "assign a sample": lambda: _kmeans_triton.assign(sample, 0),
+        "update from a sample": lambda: _centroids_triton.update(
+            replace(sample, run=_tokens_triton.SEEN_RUN), 0, means
+        ),
         "centroids": lambda: _encode_triton.write_centroids(group, places, group.centroids, None),
         "pack": lambda: _encode_triton.pack(group, places),
     }
@@ -296,13 +311,16 @@ def measure_variants(span: Span, repeats: int) -> list[dict[str, Any]]:
     tables = spec.tables([float(frame) for frame in range(span.frames)], torch.device("cuda"))
     calls = stages_of(span)
     turned = span.decode(0, out, tables)
-    tried = {"assign": ["assign"], "update": ["update"], "pack": ["pack"], "decode": ["plain"]}
+    tried = {
+        "decode": ["plain"], "decode and turn": ["turned"], "update": ["update", "update from a sample"],
+        "sample": ["update from a sample"], "assign": ["assign", "assign a sample"],
+    }  # fmt: skip
     calls |= {"plain": span.decode(0, out), "turned": turned}
     rows = []
     for kernel, (_, _, shapes) in SHAPES.items():
         for shape in shapes:
             with shaped(kernel, shape):
-                for name in tried.get(kernel, ["turned"]):
+                for name in tried.get(kernel, [kernel]):
                     row = {"kernel": kernel, "call": name, "shape": str(shape)}
                     try:
                         row |= graph_milliseconds(calls[name], repeats)
@@ -351,17 +369,19 @@ def compile_only(job: tuple[str, Any]) -> None:
 
     triton.runtime.jit.JITFunction.run = without_a_launch
     _kmeans_triton.on_hopper = lambda _: True
-    span = Span(quick(fmt_name), 4, 1560, 2, 128, "cpu")
+    span = Span(quick(fmt_name), 24, 1560, 2, 128, "cpu")
     layout = span.target.key
     with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
         if variant is not None:
             stack.enter_context(shaped(*variant))
         base = span.pool[: span.pool.numel() // 4 * 4].view(torch.bfloat16)
-        starts = torch.zeros(2, 4, dtype=torch.int64)
+        starts = torch.zeros(2, 24, dtype=torch.int64)
         tokens = _span_triton.SpanTokens(base, starts, 256, 128, 1560, 2, 128)
         places = _span_triton.SpanPlaces(span.pool, (layout, span.target.value), starts, starts[:, 0].contiguous())
         if variant is None or not variant[0].startswith("decode"):
-            _span_triton.encode_group(tokens, places, range(4))
+            _span_triton.encode_group(
+                tokens, places, range(4), Workspace(4 * workspace_nbytes(layout, 24 * 1560), base.device)
+            )
         if variant is None or variant[0].startswith("decode"):
             pages = torch.zeros(4, dtype=torch.int32)
             out = torch.zeros(4 * 1560, 2, 128, dtype=torch.bfloat16)
@@ -378,7 +398,7 @@ def compile_ahead(names: tuple[str, ...], variants: bool) -> float:
     jobs: list[tuple[str, Any]] = [(name, None) for name in names]
     if variants:
         jobs += [(names[0], (kernel, shape)) for kernel, (_, _, shapes) in SHAPES.items() for shape in shapes[1:]]
-    with multiprocessing.get_context("spawn").Pool(min(len(jobs), 15)) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), 30)) as pool:
         pool.map(compile_only, jobs, chunksize=1)
     return time.perf_counter() - begin
 

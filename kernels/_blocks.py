@@ -16,6 +16,7 @@ __all__ = [
     "pack_codes",
     "quantise_blocks",
     "search_bits",
+    "search_stride",
     "search_weight",
     "thresholds",
     "unpack_codes",
@@ -29,8 +30,13 @@ PRODUCT_BITS = 18
 
 
 def search_bits(block_size: int) -> int:
-    """Fraction bits of a magnitude relative to the block's absmax: a block of them, or of twice them, sums exactly."""
+    """Fraction bits of a magnitude relative to the block's absmax: a block of them sums exactly."""
     return 23 - (block_size.bit_length() - 1)
+
+
+def search_stride(grid: Grid) -> int:
+    """`ScaleRule.SEARCH` first looks at one in so many scales; with many levels the error has several minima."""
+    return 1 if grid is Grid.INT4 else 3
 
 
 def thresholds(grid: Grid) -> tuple[int, float, int]:
@@ -44,8 +50,7 @@ def thresholds(grid: Grid) -> tuple[int, float, int]:
 
 def search_weight(grid: Grid, block_size: int) -> float:
     """What the square of a scale counts in the error that `ScaleRule.SEARCH` minimises."""
-    count, first, lowest = thresholds(grid)
-    return block_size * (lowest + 2 * grid.step * sum(first + place for place in range(count)))
+    return float(block_size * thresholds(grid)[2] ** 2)
 
 
 def quantise_blocks(blocks: torch.Tensor, codec: Codec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,32 +106,48 @@ def _inverse_absmax(absmax: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def _search(blocks: torch.Tensor, absmax: torch.Tensor, scales: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Scale of least squared error, up to what all scales have in common, from sums that do not depend on their order.
 
+    First among one in `search_stride` scales, from the second on, then between the best of them and its neighbours;
+    with a stride of one, among all.
+
     With a magnitude a, levels l0 < l1 < ... and thresholds m1, m2, ... half way between them, the squared error is
-    ``(a - l0 s)**2 - 2 s * sum over k of (l_k - l_(k-1)) * max(a - m_k s, 0)``, where ``max(a - m s, 0)`` is
-    ``max(a, m s) - m s``: one maximum per scale and threshold.
-    Magnitudes are integers in units of ``absmax / 2**bits``, scales even ones.
+    ``(a - l0 s)**2 - 2 s * sum over k of (l_k - l_(k-1)) * max(a - m_k s, 0)``: one difference per scale and threshold.
+    Magnitudes are multiples of ``absmax / 2**bits``, scales even ones.
     """
-    count, first, lowest = thresholds(grid)
-    table, weight = fp8_values(blocks.device), search_weight(grid, blocks.shape[-1])
-    unit = _inverse_absmax(absmax, scales) * 2.0 ** search_bits(blocks.shape[-1])
-    magnitude = _whole(blocks.abs() * unit)
+    bits, lowest = search_bits(blocks.shape[-1]), thresholds(grid)[2]
+    unit = _inverse_absmax(absmax, scales)
+    magnitude = _on_grid(blocks.abs() * unit, bits)
     total = magnitude.sum(-1) * (2 * lowest)
     best, best_error = scales, torch.full_like(total, torch.inf)
-    for step in range(SEARCH_STEPS):
-        tried = torch.where(scales > step, scales - step, scales.clamp(max=1))
-        scale = _whole(table[tried.int()] * unit[..., 0] * 0.5) * 2.0
-        over = torch.zeros_like(scale)
-        for place in range(count):
-            over += torch.maximum(magnitude, (scale * (first + place))[..., None]).sum(-1)
-        error = scale * (scale * weight - (over * (2 * grid.step) + total))
-        better = error < best_error
-        best, best_error = torch.where(better, tried, best), torch.where(better, error, best_error)
+
+    def look(tried: torch.Tensor) -> None:
+        nonlocal best, best_error
+        error = _search_error(magnitude, total, unit[..., 0], tried, grid, bits)
+        best, best_error = torch.where(error < best_error, tried, best), torch.minimum(error, best_error)
+
+    lowest_scale = scales.clamp(max=1)
+    stride = search_stride(grid)
+    for step in range(min(1, stride - 1), SEARCH_STEPS, stride):
+        look(torch.where(scales > step, scales - step, lowest_scale))
+    if stride > 1:
+        middle = best
+        look(torch.maximum(middle, lowest_scale + 1) - 1)
+        look(torch.minimum(middle + 1, scales))
     return best
 
 
-def _whole(x: torch.Tensor) -> torch.Tensor:
-    """Nearest integers of float32 values from 0 to 2**22."""
-    return (x + 2.0**23) - 2.0**23
+def _search_error(
+    magnitude: torch.Tensor, total: torch.Tensor, unit: torch.Tensor, tried: torch.Tensor, grid: Grid, bits: int
+) -> torch.Tensor:
+    count, first, _ = thresholds(grid)
+    scale = _on_grid(fp8_values(magnitude.device)[tried.int()] * unit, bits - 1)
+    over = sum((magnitude - (scale * (first + place))[..., None]).clamp_(min=0).sum(-1) for place in range(count))
+    return scale * (scale * search_weight(grid, magnitude.shape[-1]) - (over * (2 * grid.step) + total))
+
+
+def _on_grid(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Nearest multiples of ``2**-bits`` of float32 values from 0 to 1."""
+    large = 2.0 ** (23 - bits)
+    return (x + large) - large
 
 
 def _least_squares(blocks: torch.Tensor, absmax: torch.Tensor, scales: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -69,10 +69,10 @@ def _mean_kernel(
 @triton.jit(do_not_specialize=["num_centroids"])
 def _round_kernel(
     stored_ptr, scales_ptr, values_ptr, norms_ptr, x_ptr, num_centroids, D: tl.constexpr, K: tl.constexpr,
-    ALL_K: tl.constexpr, FP8_MAX: tl.constexpr,
+    ALL_K: tl.constexpr, OWN_K: tl.constexpr, FP8_MAX: tl.constexpr,
 ):  # fmt: skip
-    """`round_centroids` of one row."""
-    row, channel = tl.program_id(0), tl.arange(0, D)
+    """`round_centroids` of some centroids of a row, whose scale every program works out."""
+    row, channel = tl.program_id(1), tl.arange(0, D)
     largest = tl.zeros((K, D), tl.float32)
     for first in tl.range(0, ALL_K, K):
         k = first + tl.arange(0, K)
@@ -86,17 +86,16 @@ def _round_kernel(
     scale = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
     inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     tl.store(scales_ptr + row + tl.zeros(top.shape, tl.int32), scale)
-    for first in tl.range(0, ALL_K, K):
-        k = first + tl.arange(0, K)
-        known = k < num_centroids
-        at = (row * num_centroids + k[:, None]) * D + channel
-        x = tl.load(x_ptr + at, mask=known[:, None], other=0.0)
-        byte = fp8_byte(tl.abs(x) * inverse)
-        negative = x.to(tl.int32, bitcast=True) & -2147483648
-        value = ((fp8_value(byte) * scale).to(tl.int32, bitcast=True) | negative).to(tl.float32, bitcast=True)
-        tl.store(stored_ptr + at, (byte | ((negative >> 24) & 128)).to(tl.uint8), mask=known[:, None])
-        tl.store(values_ptr + at, value.to(tl.bfloat16), mask=known[:, None])
-        tl.store(norms_ptr + row * num_centroids + k, tl.sum(value * value, 1), mask=known)
+    k = tl.program_id(0) * OWN_K + tl.arange(0, OWN_K)
+    known = k < num_centroids
+    at = (row * num_centroids + k[:, None]) * D + channel
+    x = tl.load(x_ptr + at, mask=known[:, None], other=0.0)
+    byte = fp8_byte(tl.abs(x) * inverse)
+    negative = x.to(tl.int32, bitcast=True) & -2147483648
+    value = ((fp8_value(byte) * scale).to(tl.int32, bitcast=True) | negative).to(tl.float32, bitcast=True)
+    tl.store(stored_ptr + at, (byte | ((negative >> 24) & 128)).to(tl.uint8), mask=known[:, None])
+    tl.store(values_ptr + at, value.to(tl.bfloat16), mask=known[:, None])
+    tl.store(norms_ptr + row * num_centroids + k, tl.sum(value * value, 1), mask=known)
 
 
 def seed(group: RowGroup, stage: int, seeds: torch.Tensor, out: torch.Tensor) -> None:
@@ -114,9 +113,10 @@ def seed(group: RowGroup, stage: int, seeds: torch.Tensor, out: torch.Tensor) ->
 def update(group: RowGroup, stage: int, out: torch.Tensor) -> None:
     """Write the mean of every centroid's tokens to `out`, as `seed` does; one without tokens keeps its place."""
     dim, count, rows = group.tokens.head_dim, group.num_centroids, len(group.rows)
-    runs = sum_runs(group.tokens.frames, group.tokens.frame_tokens)
-    sums = torch.empty((rows, runs, count, dim), dtype=torch.float32, device=group.ids.device)
-    counts = torch.empty((rows, runs, count), dtype=torch.int32, device=group.ids.device)
+    runs = sum_runs(group.tokens.frames, group.tokens.frame_tokens, group.run)
+    ends = [rows * runs * count * size * 4 for size in (dim, dim + 1)]
+    sums = group.scratch[: ends[0]].view(torch.float32).view(rows, runs, count, dim)
+    counts = group.scratch[ends[0] : ends[1]].view(torch.int32).view(rows, runs, count)
     sum_tokens(group, stage, sums, counts)
     launch(
         _mean_kernel, (cdiv(count, 16), rows),
@@ -137,7 +137,8 @@ def round_to_fp8(group: RowGroup, stage: int, means: torch.Tensor, stored: torch
     """
     rows, count, dim = means.shape
     launch(
-        _round_kernel, (rows,),
+        _round_kernel, (cdiv(count, 16), rows),
         stored.view(torch.uint8), scales, group.centroids[stage], group.norms, means, count, D=dim,
-        K=min(padded(count), 4096 // dim), ALL_K=padded(count), FP8_MAX=FP8_MAX, num_warps=8, enable_fp_fusion=False,
+        K=min(padded(count), 4096 // dim), ALL_K=padded(count), OWN_K=16, FP8_MAX=FP8_MAX, num_warps=8,
+        enable_fp_fusion=False,
     )  # fmt: skip

@@ -16,7 +16,8 @@ import triton.language as tl
 
 from qvg_paged.kernels._quantise_triton import quantise, quantise_constants
 from qvg_paged.kernels._span_plan import cdiv
-from qvg_paged.kernels._tokens_triton import COUNTS, RowGroup, SpanTokens, check_power_of_two, read_tokens
+from qvg_paged.kernels._tokens_triton import COUNTS, RowGroup, SpanTokens, check_power_of_two
+from qvg_paged.kernels.formats import Codec, ScaleRule
 from qvg_paged.kernels.launch import launch
 from qvg_paged.kernels.layout import TILE_TOKENS, PartLayout, code_rows
 
@@ -24,8 +25,11 @@ __all__ = ["SpanPlaces", "pack", "quantise_pack", "write_centroids"]
 
 PACK_COUNTS = [*COUNTS, "parts_ptr", "code_rows", "split"]
 BOOK_COUNTS = ["books_ptr", "first_row", "rows", "heads", "num_centroids", "plane_offset", "scales_offset", "split"]
-PACK = {"R": 8, "num_warps": 2}
-"""Rows of the `codes` plane per program, for head dims up to 128."""
+PACK = {"R": 8, "W": 1, "num_warps": 2}
+"""Rows of the `codes` plane per program, pieces of a block per thread; for head dims up to 128."""
+SEARCH_PACK = {"R": 16, "W": 4, "num_warps": 2}
+"""The same where scales are searched for."""
+WIDE_PACK = {"R": 8, "W": 1, "num_warps": 4}
 
 
 @dataclass(frozen=True)
@@ -51,57 +55,142 @@ class SpanPlaces:
 
 
 @triton.jit
-def _store_codes(out_ptr, packed, inside, split, R: tl.constexpr, D: tl.constexpr):
-    """Store rows of codes ``[R, D]`` at `out_ptr` ``[R, 1]``, in stored channel order."""
-    pair = tl.arange(0, D // 2)
-    even, odd = tl.split(tl.reshape(packed, (R, D // 2, 2)))
+def _read_piece(
+    x_ptr, inverse_ptr, ids_ptr, centroids_ptr, token, inside, channel, row, rows, span_tokens, num_centroids,
+    token_stride, D: tl.constexpr, STAGES: tl.constexpr, BALANCED: tl.constexpr,
+):  # fmt: skip
+    """What is left of some channels ``[1, blocks, channels]`` of a frame's tokens ``[R, 1, 1]``, as `read_tokens`."""
+    x = tl.load(x_ptr + token.to(tl.int64) * token_stride + channel, mask=inside, other=0.0)
+    dtype = x.dtype
+    if BALANCED:
+        x = (x.to(tl.float32) * tl.load(inverse_ptr + row * D + channel)).to(dtype)
+    for stage in tl.static_range(STAGES):
+        source = ids_ptr + (stage * rows + row).to(tl.int64) * span_tokens + token
+        chosen = tl.load(source, mask=inside, other=0).to(tl.int32)
+        at = ((stage * rows + row) * num_centroids + chosen) * D
+        centroid = tl.load(centroids_ptr + at + channel, mask=inside, other=0.0)
+        x = (x.to(tl.float32) - centroid.to(tl.float32)).to(dtype)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _read_blocks(
+    x_ptr, inverse_ptr, ids_ptr, centroids_ptr, token, inside, row, rows, span_tokens, num_centroids, token_stride,
+    D: tl.constexpr, B: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, BALANCED: tl.constexpr,
+):  # fmt: skip
+    """What is left of the blocks of a frame's tokens ``[R]``, ``[R, blocks, B]``, `W` pieces of a block in a thread.
+
+    Fewer threads then share a block, and what is done once per thread and block is done less often. Of the last axis,
+    piece `w` has every `W`-th place from `w` on.
+    """
+    C: tl.constexpr = B // W
+    token, inside = token[:, None, None], inside[:, None, None]
+    channel = (tl.arange(0, D // B) * B)[None, :, None] + tl.arange(0, C)[None, None, :]
+    x = _read_piece(
+        x_ptr, inverse_ptr, ids_ptr, centroids_ptr, token, inside, channel, row, rows, span_tokens, num_centroids,
+        token_stride, D, STAGES, BALANCED,
+    )  # fmt: skip
+    if W > 1:
+        second = _read_piece(
+            x_ptr, inverse_ptr, ids_ptr, centroids_ptr, token, inside, channel + C, row, rows, span_tokens,
+            num_centroids, token_stride, D, STAGES, BALANCED,
+        )  # fmt: skip
+        if W == 4:
+            third = _read_piece(
+                x_ptr, inverse_ptr, ids_ptr, centroids_ptr, token, inside, channel + 2 * C, row, rows, span_tokens,
+                num_centroids, token_stride, D, STAGES, BALANCED,
+            )  # fmt: skip
+            fourth = _read_piece(
+                x_ptr, inverse_ptr, ids_ptr, centroids_ptr, token, inside, channel + 3 * C, row, rows, span_tokens,
+                num_centroids, token_stride, D, STAGES, BALANCED,
+            )  # fmt: skip
+            x, second = tl.join(x, third), tl.join(second, fourth)
+        x = tl.reshape(tl.join(x, second), (token.shape[0], D // B, B))
+    return x
+
+
+@triton.jit
+def _store_piece(out_ptr, packed, inside, split, first, D: tl.constexpr):
+    """Store codes ``[R, blocks, C]`` of the channels from `first` ``[1, blocks, 1]`` on, in stored channel order."""
+    R: tl.constexpr = packed.shape[0]
+    blocks: tl.constexpr = packed.shape[1]
+    C: tl.constexpr = packed.shape[2]
     if split != 0:
+        even, odd = tl.split(tl.reshape(packed, (R, blocks, C // 2, 2)))
+        pair = first // 2 + tl.arange(0, C // 2)[None, None, :]
         tl.store(out_ptr + pair, even, mask=inside)
         tl.store(out_ptr + D // 2 + pair, odd, mask=inside)
     else:
-        tl.store(out_ptr + tl.arange(0, D), packed, mask=inside)
+        tl.store(out_ptr + first + tl.arange(0, C)[None, None, :], packed, mask=inside)
+
+
+@triton.jit
+def _store_blocks(
+    out_ptr, packed, inside, split, R: tl.constexpr, D: tl.constexpr, B: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
+    """Store codes in the order of `_read_blocks` at `out_ptr` ``[R, 1, 1]``."""
+    C: tl.constexpr = B // W
+    first = (tl.arange(0, D // B) * B)[None, :, None]
+    if W == 1:
+        _store_piece(out_ptr, packed, inside, split, first, D)
+    elif W == 2:
+        one, two = tl.split(tl.reshape(packed, (R, D // B, C, 2)))
+        _store_piece(out_ptr, one, inside, split, first, D)
+        _store_piece(out_ptr, two, inside, split, first + C, D)
+    else:
+        even, odd = tl.split(tl.reshape(packed, (R, D // B, C, 2, 2)))
+        one, three = tl.split(even)
+        two, four = tl.split(odd)
+        _store_piece(out_ptr, one, inside, split, first, D)
+        _store_piece(out_ptr, two, inside, split, first + C, D)
+        _store_piece(out_ptr, three, inside, split, first + 2 * C, D)
+        _store_piece(out_ptr, four, inside, split, first + 3 * C, D)
 
 
 @triton.jit(do_not_specialize=PACK_COUNTS)
 def _pack_kernel(
     buffer_ptr, parts_ptr, x_ptr, starts_ptr, inverse_ptr, ids_ptr, centroids_ptr, first_row, rows, heads, frames,
     frame_tokens, span_tokens, num_centroids, token_stride, head_stride, inverse_top, code_rows, split, scales_offset,
-    ids_offset, codes_end, scales_end, ids_end, part_end, D: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, LEFT: tl.constexpr, BALANCED: tl.constexpr, B: tl.constexpr,
-    TOP: tl.constexpr, STEP: tl.constexpr, RULE: tl.constexpr, MIDS: tl.constexpr, FIRST: tl.constexpr,
-    LOWEST: tl.constexpr, WEIGHT: tl.constexpr, STEPS: tl.constexpr, SEARCH: tl.constexpr, PRODUCT: tl.constexpr,
+    ids_offset, codes_end, scales_end, ids_end, part_end, D: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    BITS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, LEFT: tl.constexpr, BALANCED: tl.constexpr,
+    B: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr, RULE: tl.constexpr, MIDS: tl.constexpr,
+    FIRST: tl.constexpr, LOWEST: tl.constexpr, WEIGHT: tl.constexpr, STEPS: tl.constexpr, STRIDE: tl.constexpr,
+    SEARCH: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     frame, row = tl.program_id(1), tl.program_id(2)
     tensor, head = (first_row + row) // heads, (first_row + row) % heads
     first_code_row = tl.program_id(0) * R
     part = buffer_ptr + tl.multiple_of(tl.load(parts_ptr + tensor * frames + frame), 16)
+    start = tl.multiple_of(tl.load(starts_ptr + tensor * frames + frame), 16)
+    x_ptr += start + head.to(tl.int64) * head_stride
+    frame_ids = ids_ptr + frame * frame_tokens
     tile = first_code_row // (TILE * BITS // 8)
     size = tl.minimum(frame_tokens - tile * TILE, TILE)
     stride = tl.cdiv(size * BITS, 8)
     place_row = first_code_row % (TILE * BITS // 8) + tl.arange(0, R)
     block = tl.arange(0, D // B)
-    packed = tl.zeros((R, D), tl.int32)
+    packed = tl.zeros((R, D // B, B), tl.int32)
     for place in range(8 // BITS):
         inside = (place_row < stride) & (place_row + place * stride < size)
         token = tile * TILE + place_row + place * stride
-        x = read_tokens(
-            x_ptr, starts_ptr, inverse_ptr, ids_ptr, centroids_ptr, row, frame * frame_tokens + token, inside,
-            first_row, rows, heads, frames, frame_tokens, span_tokens, num_centroids, token_stride, head_stride, D,
-            LEFT, BALANCED,
+        x = _read_blocks(
+            x_ptr, inverse_ptr, frame_ids, centroids_ptr, token, inside, row, rows, span_tokens, num_centroids,
+            token_stride, D, B, W, LEFT, BALANCED,
         )  # fmt: skip
-        blocks = tl.reshape(x.to(tl.float32), (R, D // B, B))
         codes, byte = quantise(
-            blocks, inverse_top, TOP, STEP, RULE, MIDS, FIRST, LOWEST, WEIGHT, STEPS, SEARCH, PRODUCT
+            x, inverse_top, TOP, STEP, RULE, MIDS, FIRST, LOWEST, WEIGHT, STEPS, STRIDE, SEARCH, PRODUCT
         )  # fmt: skip
-        packed += tl.reshape(codes, (R, D)) * tl.where(inside, 1 << (BITS * place), 0)[:, None]
+        packed += codes * tl.where(inside, 1 << (BITS * place), 0)[:, None, None]
         scale_ptr = part + scales_offset + (head * (D // B) + block) * frame_tokens + token[:, None]
         tl.store(scale_ptr, tl.reshape(byte, (R, D // B)).to(tl.uint8), mask=inside[:, None])
         for stage in tl.static_range(STAGES):
-            source = ids_ptr + (stage * rows + row).to(tl.int64) * span_tokens + frame * frame_tokens + token
-            chosen = tl.load(source, mask=inside, other=0)
+            chosen = tl.load(
+                frame_ids + (stage * rows + row).to(tl.int64) * span_tokens + token, mask=inside, other=0
+            )  # fmt: skip
             tl.store(part + ids_offset + (head * STAGES + stage) * frame_tokens + token, chosen, mask=inside)
-    code_ptr = part + (head * code_rows + first_code_row + tl.arange(0, R)[:, None]).to(tl.int64) * D
-    _store_codes(code_ptr, packed.to(tl.uint8), (place_row < stride)[:, None], (split >> tensor) & 1, R, D)
+    out_ptr = part + (head * code_rows + first_code_row + tl.arange(0, R)).to(tl.int64)[:, None, None] * D
+    known = (place_row < stride)[:, None, None]
+    _store_blocks(out_ptr, packed.to(tl.uint8), known, (split >> tensor) & 1, R, D, B, W)
     if (first_code_row == 0) & (head == 0):
         gap = tl.arange(0, 16)
         zero = tl.zeros((16,), tl.uint8)
@@ -153,7 +242,7 @@ def quantise_pack(
     table = table.to(buffer.device, non_blocking=True)
     tokens = SpanTokens(residual, table[:1], dim, head_stride, layout.tokens, layout.heads, dim)
     none = residual if ids is None else ids.contiguous()
-    group = RowGroup(tokens, range(first_head, first_head + heads), None, none, residual[None], residual)
+    group = RowGroup(tokens, range(first_head, first_head + heads), None, none, residual[None], residual, residual)
     places = SpanPlaces(buffer, (layout,), table[1:], table[1])
     _launch(group, places, stages_left=0, balanced=False)
 
@@ -165,15 +254,20 @@ def _launch(group: RowGroup, places: SpanPlaces, *, stages_left: int, balanced: 
     planes = {plane.name: plane for plane in layout.planes}
     ends = {name: plane.offset + plane.nbytes for name, plane in planes.items()}
     rows = code_rows(layout.tokens, codec.grid.bits)
-    block, warps = (PACK["R"], PACK["num_warps"]) if dim <= 128 else (8, 4)
+    shape = _pack_shape(codec, dim)
     launch(
-        _pack_kernel, (cdiv(rows, block), tokens.frames, len(group.rows)),
+        _pack_kernel, (cdiv(rows, shape["R"]), tokens.frames, len(group.rows)),
         places.buffer, places.parts, *group.arguments, _reciprocal(codec.grid.max_level), rows, places.split,
         planes["scales"].offset, planes["ids"].offset if "ids" in planes else layout.nbytes, ends["codes"],
-        ends["scales"], ends.get("ids", layout.nbytes), layout.nbytes, D=dim, R=block, BITS=codec.grid.bits,
+        ends["scales"], ends.get("ids", layout.nbytes), layout.nbytes, D=dim, BITS=codec.grid.bits,
         TILE=TILE_TOKENS, STAGES=codec.stages, LEFT=stages_left, BALANCED=balanced, **quantise_constants(codec),
-        num_warps=warps, enable_fp_fusion=False,
+        **shape, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _pack_shape(codec: Codec, dim: int) -> dict[str, int]:
+    shape = WIDE_PACK if dim > 128 else SEARCH_PACK if codec.scale_rule is ScaleRule.SEARCH else PACK
+    return shape | {"W": max(1, min(shape["W"], codec.block_size // 16))}
 
 
 @lru_cache

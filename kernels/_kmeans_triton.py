@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qvg_paged.kernels._span_plan import SUM_TILE, SUM_TOKENS, cdiv, padded
+from qvg_paged.kernels._span_plan import SUM_TILE, cdiv, padded
 from qvg_paged.kernels._tokens_triton import COUNTS, RowGroup, load_tile, read_tokens, tile_tokens
 from qvg_paged.kernels.gluon import GluonKernel, NotCompiled
 from qvg_paged.kernels.launch import launch
@@ -150,6 +150,7 @@ def _dot_dtype(group: RowGroup) -> tl.dtype:
 
 ASSIGN = {"T": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
 HOPPER_KERNEL = GluonKernel("_sum_gluon", "sums of clusters are taken by a slower kernel")
+HOPPER_ASSIGN = {"AHEAD": 2, "num_warps": 4}
 HOPPER_SUM = {"AHEAD": 3, "num_warps": 8}
 """Tiles asked for before they are added up."""
 SUM = {"T": SUM_TILE, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
@@ -179,9 +180,15 @@ def assign(group: RowGroup, stage: int) -> None:
 
     As near: to 2**-16 of what the squared lengths of centroid and token amount to.
     """
+    if stage == 0 and _is_usual(group) and on_hopper(group.ids.device):
+        try:
+            _assign_on_hopper(group)
+        except NotCompiled as error:
+            error.give_up(group.ids.device)
+        else:
+            return
     shape, tokens, count = _assign_shape(group), group.tokens, group.num_centroids
-    tiles = tokens.frames * cdiv(tokens.frame_tokens, shape["T"])
-    per_program = max(1, round(tiles * len(group.rows) / (2 * _processors(group.ids.device))))
+    tiles, per_program = _shares(group, shape["T"])
     launch(
         _assign_kernel, (cdiv(tiles, per_program), len(group.rows)),
         group.centroids[stage], group.norms, *group.arguments, per_program, -256, D=tokens.head_dim,
@@ -200,8 +207,7 @@ def sum_tokens(group: RowGroup, stage: int, sums: torch.Tensor, counts: torch.Te
     """
     tokens, count = group.tokens, group.num_centroids
     rows, runs = sums.shape[:2]
-    usual = tokens.head_dim == 128 and count > 128 and tokens.base.dtype is torch.bfloat16  # what was measured
-    if stage == 0 and usual and on_hopper(sums.device):
+    if stage == 0 and _is_usual(group) and on_hopper(sums.device):
         try:
             _sum_on_hopper(group, sums, counts)
         except NotCompiled as error:
@@ -211,9 +217,37 @@ def sum_tokens(group: RowGroup, stage: int, sums: torch.Tensor, counts: torch.Te
     shape = _sum_shape(group)
     launch(
         _sum_kernel, (runs, rows, cdiv(count, shape["BLOCK_K"])),
-        sums, counts, *group.arguments, D=tokens.head_dim, RUN=SUM_TOKENS, ALL_K=padded(count),
-        LANES=padded(SUM_TOKENS), STAGES=stage, BALANCED=group.inverse is not None, DOT=_dot_dtype(group), **shape,
+        sums, counts, *group.arguments, D=tokens.head_dim, RUN=group.run, ALL_K=padded(count),
+        LANES=padded(group.run), STAGES=stage, BALANCED=group.inverse is not None, DOT=_dot_dtype(group), **shape,
     )  # fmt: skip
+
+
+def _is_usual(group: RowGroup) -> bool:
+    """Whether the kernels for Hopper were measured for such rows."""
+    tokens = group.tokens
+    return tokens.head_dim == 128 and group.num_centroids > 128 and tokens.base.dtype is torch.bfloat16
+
+
+def _shares(group: RowGroup, tile: int) -> tuple[int, int]:
+    """Tiles of a row, and how many of them a program takes if two run on a multiprocessor."""
+    tiles = group.tokens.frames * cdiv(group.tokens.frame_tokens, tile)
+    return tiles, cdiv(tiles, max(1, 2 * _processors(group.ids.device) // len(group.rows)))
+
+
+def _assign_on_hopper(group: RowGroup) -> None:
+    tokens = group.tokens
+    tiles, per_program = _shares(group, 16 * HOPPER_ASSIGN["num_warps"])
+    with HOPPER_KERNEL.compiling():
+        from qvg_paged.kernels import _assign_gluon  # noqa: PLC0415 - only for the GPUs it is for
+
+        launch(
+            _assign_gluon.assign_kernel, (cdiv(tiles, per_program), len(group.rows)),
+            group.centroids[0], group.norms, tokens.base, tokens.starts,
+            tokens.base if group.inverse is None else group.inverse, group.ids, group.rows.start, tokens.heads,
+            tokens.frames, tokens.frame_tokens, tokens.span_tokens, group.num_centroids, tokens.token_stride,
+            tokens.head_stride, per_program, -256, D=tokens.head_dim, K=padded(group.num_centroids),
+            BALANCED=group.inverse is not None, **HOPPER_ASSIGN,
+        )  # fmt: skip
 
 
 def _sum_on_hopper(group: RowGroup, sums: torch.Tensor, counts: torch.Tensor) -> None:
@@ -225,7 +259,7 @@ def _sum_on_hopper(group: RowGroup, sums: torch.Tensor, counts: torch.Tensor) ->
             _sum_gluon.sum_kernel, (sums.shape[1], sums.shape[0]),
             sums, counts, tokens.base, tokens.starts, group.ids, group.rows.start, tokens.heads, tokens.frames,
             tokens.frame_tokens, tokens.span_tokens, group.num_centroids, tokens.token_stride, tokens.head_stride,
-            D=tokens.head_dim, K=padded(group.num_centroids), T=SUM_TILE, RUN=SUM_TOKENS, LANES=padded(SUM_TOKENS),
+            D=tokens.head_dim, K=padded(group.num_centroids), T=SUM_TILE, RUN=group.run, LANES=padded(group.run),
             **HOPPER_SUM,
         )  # fmt: skip
 

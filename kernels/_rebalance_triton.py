@@ -11,7 +11,7 @@ from qvg_paged.kernels._spread_triton import pairings_of
 from qvg_paged.kernels._tokens_triton import COUNTS, RowGroup, read_tokens, rounded_to_bf16
 from qvg_paged.kernels.launch import launch
 
-__all__ = ["rebalance"]
+__all__ = ["multiply", "rebalance"]
 
 REBALANCE = ["books_ptr", "first_row", "heads", "span_tokens", "runs", "balance_offset", "pairings", "split"]
 
@@ -80,25 +80,37 @@ def _rebalance_kernel(
     tl.store(out, balance.to(tl.bfloat16))
 
 
-def rebalance(group: RowGroup, places: SpanPlaces) -> torch.Tensor:
+@triton.jit(do_not_specialize=["num_centroids"])
+def _multiply_kernel(out_ptr, values_ptr, factor_ptr, num_centroids, D: tl.constexpr, K: tl.constexpr):
+    row, k = tl.program_id(1), tl.program_id(0) * K + tl.arange(0, K)
+    channel, known = tl.arange(0, D), (k < num_centroids)[:, None]
+    at = (row * num_centroids + k[:, None]) * D + channel
+    product = tl.load(values_ptr + at, mask=known, other=0.0).to(tl.float32) * tl.load(factor_ptr + row * D + channel)
+    if out_ptr.dtype.element_ty == tl.bfloat16:
+        product = rounded_to_bf16(product)
+    tl.store(out_ptr + at, product.to(out_ptr.dtype.element_ty), mask=known)
+
+
+def rebalance(group: RowGroup, places: SpanPlaces, factor: torch.Tensor) -> None:
     """Write the balance that smoothing asks for into the codebooks, and its reciprocals into the group.
 
-    Returns:
-        ``[rows, head_dim]`` float32: what centroids are to be multiplied by, which the group holds as smoothing
-        found them.
+    Args:
+        group: the rows.
+        places: where they go.
+        factor: ``[rows, head_dim]`` float32, written: what centroids are to be multiplied by, which the group holds as
+            smoothing found them.
     """
     assert group.inverse is not None
     tokens, layout = group.tokens, places.layouts[0]
-    rows, dim, device = len(group.rows), tokens.head_dim, group.ids.device
+    rows, dim = len(group.rows), tokens.head_dim
     count = sample_size(tokens.span_tokens)
     runs = cdiv(count, SAMPLE_RUN)
-    energies = torch.empty((rows, runs, 2, dim), dtype=torch.float64, device=device)
+    energies = group.scratch[: rows * runs * 2 * dim * 8].view(torch.float64)
     launch(
         _left_kernel, (runs, rows),
         energies, *group.arguments, sample_stride(tokens.span_tokens), D=dim, T=max(1, 2048 // dim), RUN=SAMPLE_RUN,
         STAGES=layout.codec.stages, num_warps=4,
     )  # fmt: skip
-    factor = torch.empty((rows, dim), dtype=torch.float32, device=device)
     pairings, split = pairings_of(places.layouts)
     launch(
         _rebalance_kernel, (rows,),
@@ -106,4 +118,11 @@ def rebalance(group: RowGroup, places: SpanPlaces) -> torch.Tensor:
         count, runs, layout.plane("balance").offset, centroid_resolution(layout.codec.centroid_type),
         torch.finfo(torch.bfloat16).tiny, pairings, split, D=dim, num_warps=4,
     )  # fmt: skip
-    return factor
+
+
+def multiply(values: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
+    """Write centroids ``[rows, num_centroids, head_dim]`` times ``[rows, head_dim]`` to `out`, float32 or bfloat16."""
+    rows, count, dim = values.shape
+    launch(
+        _multiply_kernel, (cdiv(count, 16), rows), out, values, factor, count, D=dim, K=16, num_warps=4
+    )  # fmt: skip

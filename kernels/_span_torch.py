@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from qvg_paged.kernels import reference
-from qvg_paged.kernels._span_plan import sample_stride
+from qvg_paged.kernels._span_plan import sample_stride, seen_stride
 from qvg_paged.kernels.formats import BalanceRule, CentroidType, Codec
 from qvg_paged.kernels.kmeans import Centroids, fit, round_centroids, seed_rows
 from qvg_paged.kernels.layout import PartLayout
@@ -35,7 +35,8 @@ def workspace_nbytes(layout: PartLayout, span_tokens: int) -> int:
         piece * (dim * 16 + 16),
         quantise * dim * 40,
     ]
-    held = heads * span_tokens * (dim * layout.dtype.itemsize + codec.stages) + book * dim * 32 + heads * dim * 32
+    seen = heads * span_tokens * (2 * dim * layout.dtype.itemsize + codec.stages + 1)
+    held = seen + book * dim * 32 + heads * dim * 32
     return held + max(steps)
 
 
@@ -78,7 +79,7 @@ def _encode_group(
     owned, balance = slice(first_head, first_head + heads), None
     if codec.balanced:
         assert codebook_offset is not None
-        balance = _spread(residual, layout.pairing, codec)
+        balance = _spread(residual if codec.is_rebalanced else _seen(residual, layout), layout.pairing, codec)
         layout.plane("balance").view(buffer, codebook_offset)[owned] = _stored(balance, layout)
         _divide(residual, balance)
     energy = _energy(_sample(residual)) if codec.is_rebalanced else None
@@ -112,7 +113,7 @@ def _stage(
     initial: torch.Tensor | None,
     given: bool,
 ) -> Centroids:
-    codec, tokens = layout.codec, residual.shape[1]
+    codec, tokens, iterations = layout.codec, residual.shape[1], layout.codec.iterations
     if initial is not None:
         start = initial[stage].float()
     else:
@@ -120,8 +121,22 @@ def _stage(
         start = residual[:, rows.to(residual.device)].float()
     if given:
         return round_centroids(start, codec.centroid_type)
-    kind, iterations = codec.centroid_type, codec.iterations
+    kind, some = codec.centroid_type, residual if stage else _seen(residual, layout)
+    if iterations > 1 and some is not residual:
+        start = fit(some, start, ids.new_empty(some.shape[:2]), iterations=iterations - 1, kind=kind).values.float()
+        iterations = 1
     return fit(residual, start, ids, iterations=iterations, kind=kind)
+
+
+def _seen(residual: torch.Tensor, layout: PartLayout) -> torch.Tensor:
+    """What balancing and all iterations but the last look at: one of some tokens of every frame, like `residual`."""
+    frames = residual.shape[1] // layout.tokens
+    stride = seen_stride(frames, layout.tokens, layout.num_centroids)
+    if stride == 1:
+        return residual
+    used = layout.tokens // stride * stride
+    sample: torch.Tensor = residual.unflatten(1, (frames, layout.tokens))[:, :, :used:stride].flatten(1, 2)
+    return sample
 
 
 def _slices(residual: torch.Tensor) -> list[slice]:

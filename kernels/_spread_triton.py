@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from qvg_paged.kernels._span_plan import MOMENT_TOKENS, SAMPLE_RUN, cdiv, sample_size, sample_stride
+from qvg_paged.kernels import _span_plan
+from qvg_paged.kernels._span_plan import SAMPLE_RUN, cdiv, moment_runs, moment_tile, sample_size, sample_stride
 from qvg_paged.kernels._span_torch import OUTLIER, spread_resolution
 from qvg_paged.kernels._tokens_triton import COUNTS, SpanTokens, load_tile, load_tokens, rounded_to_bf16
 from qvg_paged.kernels.formats import BalanceRule
@@ -75,14 +76,20 @@ def _sampled_moments_kernel(
     tl.store(out + 2 * D, tl.sum(origin, 0))
 
 
+TOGETHER = tl.constexpr(8)
+"""Runs that are loaded at once."""
+
+
 @triton.jit
 def _variance(moments_ptr, row, runs, span_tokens, resolution, channel, D: tl.constexpr):
-    total = tl.zeros((D,), tl.float64)
-    squares = tl.zeros((D,), tl.float64)
-    for run in range(runs):
+    totals = tl.zeros((TOGETHER, D), tl.float64)
+    squared = tl.zeros((TOGETHER, D), tl.float64)
+    for start in range(0, runs, TOGETHER):
+        run = start + tl.arange(0, TOGETHER)[:, None]
         at = moments_ptr + (row * runs + run) * 3 * D + channel
-        total += tl.load(at)
-        squares += tl.load(at + D)
+        totals += tl.load(at, mask=run < runs, other=0.0)
+        squared += tl.load(at + D, mask=run < runs, other=0.0)
+    total, squares = tl.sum(totals, 0), tl.sum(squared, 0)
     shift = total / span_tokens
     limit = (tl.load(moments_ptr + row * runs * 3 * D + 2 * D + channel) + shift) * resolution
     variance = squares / span_tokens - shift * shift
@@ -125,57 +132,63 @@ def _spread_kernel(
 
 
 def write_spread(
-    tokens: SpanTokens, layouts: tuple[PartLayout, ...], buffer: torch.Tensor, books: torch.Tensor, group: range
-) -> torch.Tensor:
-    """Write the balancing factors of the rows of a group into their codebooks; their reciprocals, ``[rows, head_dim]``.
+    tokens: SpanTokens,
+    layouts: tuple[PartLayout, ...],
+    buffer: torch.Tensor,
+    books: torch.Tensor,
+    group: range,
+    inverse: torch.Tensor,
+    scratch: torch.Tensor,
+) -> None:
+    """Write the balancing factors of the rows of a group into their codebooks, and their reciprocals.
 
     Args:
-        tokens: the span.
+        tokens: those of the span that are looked at.
         layouts: of each of its tensors.
         buffer: 1-D uint8 pool.
         books: ``[tensors]`` int64 on the device: byte of the pool at which the codebook part starts.
         group: rows.
+        inverse: ``[rows, head_dim]`` float32, the reciprocals, written.
+        scratch: 1-D uint8 of `scratch_nbytes` a row, overwritten.
     """
-    dim, device, codec = tokens.head_dim, buffer.device, layouts[0].codec
-    moments, count = _sampled_moments(tokens, group) if codec.is_rebalanced else _moments(tokens, group)
-    inverse = torch.empty((len(group), dim), dtype=torch.float32, device=device)
+    dim, codec = tokens.head_dim, layouts[0].codec
+    take = _sampled_moments if codec.is_rebalanced else _moments
+    moments, runs, count = take(tokens, group, scratch)
     pairings, split = pairings_of(layouts)
     launch(
         _spread_kernel, (len(group),),
-        inverse, buffer, books, moments, group.start, tokens.heads, count, moments.shape[1],
+        inverse, buffer, books, moments, group.start, tokens.heads, count, runs,
         layouts[0].plane("balance").offset, spread_resolution(tokens.base.dtype), torch.finfo(torch.bfloat16).tiny,
         pairings, split, D=dim, RULE=2 if codec.is_rebalanced else int(codec.balance_rule is BalanceRule.ROOT),
         OUTLIER=OUTLIER, num_warps=4,
     )  # fmt: skip
-    return inverse
 
 
-def _moments(tokens: SpanTokens, group: range) -> tuple[torch.Tensor, int]:
-    """Moments of every run of tokens, ``[rows, runs, 3, head_dim]``, and how many tokens they are of."""
+def _moments(tokens: SpanTokens, group: range, scratch: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """Moments of every run of tokens, ``[rows, runs, 3, head_dim]``, how many runs, and of how many tokens."""
     dim = tokens.head_dim
-    size = max(1, 2048 // dim)
-    runs = cdiv(tokens.frames * cdiv(tokens.frame_tokens, size), MOMENT_TOKENS // size)
-    moments = torch.empty((len(group), runs, 3, dim), dtype=torch.float64, device=tokens.base.device)
+    runs = moment_runs(tokens.frames, tokens.frame_tokens, dim)
+    moments = scratch[: len(group) * runs * 3 * dim * 8].view(torch.float64)
     launch(
         _moments_kernel, (runs, len(group)),
         moments, tokens.base, tokens.starts, group.start, tokens.heads, tokens.frames, tokens.frame_tokens,
-        tokens.token_stride, tokens.head_stride, D=dim, T=size, RUN=MOMENT_TOKENS, num_warps=4,
+        tokens.token_stride, tokens.head_stride, D=dim, T=moment_tile(dim), RUN=_span_plan.MOMENT_TOKENS, num_warps=4,
     )  # fmt: skip
-    return moments, tokens.span_tokens
+    return moments, runs, tokens.span_tokens
 
 
-def _sampled_moments(tokens: SpanTokens, group: range) -> tuple[torch.Tensor, int]:
+def _sampled_moments(tokens: SpanTokens, group: range, scratch: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     """The same of the sampled tokens."""
     dim, count = tokens.head_dim, sample_size(tokens.span_tokens)
     runs = cdiv(count, SAMPLE_RUN)
-    moments = torch.empty((len(group), runs, 3, dim), dtype=torch.float64, device=tokens.base.device)
+    moments = scratch[: len(group) * runs * 3 * dim * 8].view(torch.float64)
     launch(
         _sampled_moments_kernel, (runs, len(group)),
         moments, tokens.base, tokens.starts, group.start, tokens.heads, tokens.frames, tokens.frame_tokens,
         tokens.token_stride, tokens.head_stride, tokens.span_tokens, sample_stride(tokens.span_tokens),
         D=dim, T=max(1, 2048 // dim), RUN=SAMPLE_RUN, num_warps=4,
     )  # fmt: skip
-    return moments, count
+    return moments, runs, count
 
 
 def pairings_of(layouts: tuple[PartLayout, ...]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-__all__ = ["sum_kernel"]
+__all__ = ["copy_tile", "next_tile", "sum_kernel"]
 
 load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 """Its name differs between releases of Triton."""
@@ -18,7 +18,7 @@ EQUAL = gl.constexpr("set.eq.bf16x2.bf16x2 $0, $1, $2;")
 
 
 @gluon.jit
-def _copy_tile(
+def copy_tile(
     shared, x_ptr, starts_ptr, frame, first, frame_tokens, token_stride, D: gl.constexpr, T: gl.constexpr,
     LOAD: gl.constexpr,
 ):  # fmt: skip
@@ -30,7 +30,7 @@ def _copy_tile(
 
 
 @gluon.jit
-def _next(frame, first, more, frame_tokens, T: gl.constexpr):
+def next_tile(frame, first, more, frame_tokens, T: gl.constexpr):
     """Frame and first token of the next tile; of this one if there are no `more`."""
     over = first + T >= frame_tokens
     return frame + (more & over).to(gl.int32), gl.where(more, gl.where(over, 0, first + T), first)
@@ -80,28 +80,28 @@ def sum_kernel(
     id_frame, id_first = frame, first
     tiles = gl.allocate_shared_memory(gl.bfloat16, [AHEAD + 1, T, D], SHARED)
     for ahead in gl.static_range(AHEAD):
-        _copy_tile(tiles.index(ahead), x_ptr, starts_ptr, frame, first, frame_tokens, token_stride, D, T, LOAD)
+        copy_tile(tiles.index(ahead), x_ptr, starts_ptr, frame, first, frame_tokens, token_stride, D, T, LOAD)
         async_copy.commit_group()
-        frame, first = _next(frame, first, ahead + 1 < count, frame_tokens, T)
+        frame, first = next_tile(frame, first, ahead + 1 < count, frame_tokens, T)
     LIKE: gl.constexpr = gl.SliceLayout(0, MEMBERS)
     k = _label(gl.arange(0, K, gl.SliceLayout(1, MEMBERS)))
     members = _members(k, _load_labels(ids_ptr, id_frame, id_first, frame_tokens, T, LIKE))
-    id_frame, id_first = _next(id_frame, id_first, count > 1, frame_tokens, T)
+    id_frame, id_first = next_tile(id_frame, id_first, count > 1, frame_tokens, T)
     following = _load_labels(ids_ptr, id_frame, id_first, frame_tokens, T, LIKE)
     sums = gl.zeros([K, D], gl.float32, SUMS)
     for tile in range(count):
         async_copy.wait_group(AHEAD - 1)
         fence_async_shared()
         # Its place in shared memory held the tile before this one, whose product every warp has waited for.
-        _copy_tile(
+        copy_tile(
             tiles.index((tile + AHEAD) % (AHEAD + 1)), x_ptr, starts_ptr, frame, first, frame_tokens, token_stride,
             D, T, LOAD,
         )  # fmt: skip
         async_copy.commit_group()
-        frame, first = _next(frame, first, tile + AHEAD + 1 < count, frame_tokens, T)
+        frame, first = next_tile(frame, first, tile + AHEAD + 1 < count, frame_tokens, T)
         sums = warpgroup_mma(members, tiles.index(tile % (AHEAD + 1)), sums, is_async=True)
         upcoming = _members(k, following)
-        id_frame, id_first = _next(id_frame, id_first, tile + 2 < count, frame_tokens, T)
+        id_frame, id_first = next_tile(id_frame, id_first, tile + 2 < count, frame_tokens, T)
         following = _load_labels(ids_ptr, id_frame, id_first, frame_tokens, T, LIKE)
         sums = warpgroup_mma_wait(0, [sums])
         members = upcoming

@@ -6,13 +6,14 @@ time; the residual is computed on the way and never stored:
     y = x / balance;  y = y - centroid[id] for every stage so far             rounded to the model's dtype each time
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
-from qvg_paged.kernels._span_plan import SUM_TILE
+from qvg_paged.kernels._span_plan import SEEN_RUN, SUM_TILE, SUM_TOKENS
+from qvg_paged.kernels._span_workspace import Workspace
 from qvg_paged.kernels.errors import ArgumentError
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "load_tokens",
     "read_tokens",
     "rounded_to_bf16",
+    "sample_of",
     "tile_tokens",
 ]
 
@@ -85,6 +87,10 @@ class SpanTokens:
         """Tokens of each tensor."""
         return self.frames * self.frame_tokens
 
+    def sample(self, stride: int) -> "SpanTokens":
+        """The first of every `stride` tokens of a frame."""
+        return replace(self, token_stride=self.token_stride * stride, frame_tokens=self.frame_tokens // stride)
+
 
 @dataclass(frozen=True)
 class RowGroup:
@@ -97,6 +103,8 @@ class RowGroup:
         ids: ``[stages, rows, span_tokens]`` uint8.
         centroids: ``[stages, rows, num_centroids, head_dim]`` bfloat16, as decoded, natural channel order.
         norms: ``[rows, num_centroids]`` float32, squared lengths of the centroids of the stage at work.
+        scratch: 1-D uint8, for sums of centroids.
+        run: tokens whose sums are kept apart.
     """
 
     tokens: SpanTokens
@@ -105,6 +113,8 @@ class RowGroup:
     ids: torch.Tensor
     centroids: torch.Tensor
     norms: torch.Tensor
+    scratch: torch.Tensor
+    run: int = SUM_TOKENS
 
     @property
     def num_centroids(self) -> int:
@@ -122,10 +132,20 @@ class RowGroup:
         )  # fmt: skip
 
 
-def empty_ids(stages: int, rows: int, span_tokens: int, device: torch.device) -> torch.Tensor:
+def sample_of(group: RowGroup, stride: int, workspace: Workspace) -> RowGroup:
+    """The same rows with the first of every `stride` tokens; centroids are shared, ids are not."""
+    if stride == 1:
+        return group
+    tokens = group.tokens.sample(stride)
+    return replace(
+        group, tokens=tokens, ids=empty_ids(1, len(group.rows), tokens.span_tokens, workspace), run=SEEN_RUN
+    )
+
+
+def empty_ids(stages: int, rows: int, span_tokens: int, workspace: Workspace) -> torch.Tensor:
     """Ids of a `RowGroup`, uninitialised; what follows them can be read up to a tile's end."""
     count = stages * rows * span_tokens
-    return torch.empty(count + SUM_TILE, dtype=torch.uint8, device=device)[:count].view(stages, rows, span_tokens)
+    return workspace.take((count + SUM_TILE,), torch.uint8)[:count].view(stages, rows, span_tokens)
 
 
 @triton.jit

@@ -71,7 +71,8 @@ class ScaleRule(Enum):
     LEAST_SQUARES = "least-squares"
     """Absmax codes first, then the scale that minimises their squared error, then codes for that scale."""
     SEARCH = "search"
-    """The best squared error among the absmax scale and the FP8 scales below it, down to 0.4 times as large."""
+    """The least squared error among FP8 scales from the absmax scale down to 0.4 times as large: of all with sixteen
+    levels; with fewer of every third, then of the best one's neighbours."""
 
 
 class BalanceRule(Enum):
@@ -112,7 +113,8 @@ class Codec:
         balance_rule: encoder's choice of that vector from the channels' spread over the span.
         scale_rule: encoder's choice of scale.
         centroid_type: storage of the centroids.
-        iterations: Lloyd iterations of each stage.
+        iterations: Lloyd iterations of each stage; in the first stage of a long span all but the last, and balancing,
+            look at one token of four.
         seed: seed of the initial centroids (a generator of the encoder's own).
     """
 

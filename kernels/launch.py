@@ -5,7 +5,7 @@ compiles for (constants, types, whether a pointer is a multiple of 16 bytes, whe
 16), and pointers go in as numbers. Launches can be recorded and repeated, which skips even that.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import repeat
@@ -16,10 +16,13 @@ import torch
 import triton
 from triton.runtime import JITFunction
 
-__all__ = ["Launch", "launch", "recorded"]
+__all__ = ["Launch", "MovedLaunch", "launch", "movable", "recorded"]
 
 Launch = Callable[[int], None]
 """A launch with all its arguments, on the raw CUDA stream it is given; memory it points to must still be there."""
+
+MovedLaunch = Callable[[int, Sequence[int]], None]
+"""Likewise; besides the stream it takes the addresses at which blocks of memory begin now."""
 
 BIG = 1 << 31
 ALL = 2
@@ -79,13 +82,53 @@ def _bound(
     if found is None:
         found = _compiled[key] = _compile(kernel, grid, args, constants)
     run, function, metadata, rest = found
-    x, y, z = (*grid, 1, 1)[:3]
-    values += rest
+    return _Bound(run, (*grid, 1, 1)[:3], function, metadata, [*values, *rest])
 
-    def made(stream: int) -> None:
-        run(x, y, z, stream, function, metadata, None, None, None, *values)
 
-    return made
+class _Bound:
+    """A launch of a compiled kernel."""
+
+    __slots__ = ("_function", "_grid", "_metadata", "_run", "_values")
+
+    def __init__(
+        self, run: Callable[..., None], grid: tuple[int, ...], function: Any, metadata: Any, values: list[Any]
+    ) -> None:
+        self._run, self._grid, self._function, self._metadata, self._values = run, grid, function, metadata, values
+
+    def __call__(self, stream: int) -> None:
+        self._run(*self._grid, stream, self._function, self._metadata, None, None, None, *self._values)
+
+    def moved(self, blocks: Sequence[torch.Tensor]) -> MovedLaunch:
+        if any(isinstance(value, tuple) for value in self._values):
+            raise TypeError("recorded_launch: expected no tuples among its arguments, which are not looked into")
+        ends = [(block.data_ptr(), block.data_ptr() + block.nbytes) for block in blocks]
+        inside = [
+            (place, number, value - begin)
+            for place, value in enumerate(self._values)
+            for number, (begin, end) in enumerate(ends)
+            if type(value) is int and begin <= value < end
+        ]
+
+        def launch_moved(stream: int, begins: Sequence[int]) -> None:
+            values = self._values.copy()
+            for place, number, offset in inside:
+                values[place] = begins[number] + offset
+            self._run(*self._grid, stream, self._function, self._metadata, None, None, None, *values)
+
+        return launch_moved
+
+
+def movable(recorded_launch: Launch, blocks: Sequence[torch.Tensor]) -> MovedLaunch | None:
+    """A recorded launch for memory that lies elsewhere next time; None where kernels are interpreted.
+
+    Args:
+        recorded_launch: of the list that `recorded` yields.
+        blocks: pointers into these are taken for offsets in them; wherever they lie next must be as aligned.
+
+    Raises:
+        TypeError: an argument is a tuple.
+    """
+    return recorded_launch.moved(blocks) if isinstance(recorded_launch, _Bound) else None
 
 
 def _compile(

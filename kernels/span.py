@@ -1,7 +1,6 @@
 """A span of the pool, layer by layer: unquantised pages become quantised ones and a codebook, in place."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,10 +8,11 @@ import torch
 from qvg_paged.kernels import reference
 from qvg_paged.kernels.backend import Backend, kernel_scope, uses_triton
 from qvg_paged.kernels.encode import encode_part
-from qvg_paged.kernels.layout import GRANULE, PLANE_ALIGNMENT, PageLayout, PartLayout
+from qvg_paged.kernels.layout import GRANULE, PLANE_ALIGNMENT, PageLayout
 
 if TYPE_CHECKING:
     from qvg_paged.kernels._encode_triton import SpanPlaces
+    from qvg_paged.kernels._span_program import SpanProgram
     from qvg_paged.kernels._tokens_triton import SpanTokens
 
 __all__ = ["SpanEncoding"]
@@ -21,8 +21,7 @@ __all__ = ["SpanEncoding"]
 class SpanEncoding:
     """Encodes the layers of one span, in any order, each whenever its tokens are final.
 
-    Places of all layers are worked out, and uploaded, once. On a GPU a layer is a dozen launches for all heads of K
-    and V, and nothing waits for the host.
+    On a GPU a layer is a dozen launches for all heads of K and V, and nothing waits for the host.
 
     Args:
         buffer: 1-D uint8 pool.
@@ -32,6 +31,10 @@ class SpanEncoding:
         pages: page id of each frame, to write.
         codebook: id of the codebook; None if the format keeps none.
         backend: Triton or PyTorch.
+        program: of a span of as many frames before, of the same pool and layouts; None to make it anew.
+
+    Attributes:
+        program: what spans of so many frames have in common where Triton encodes them, else None.
     """
 
     def __init__(
@@ -44,59 +47,44 @@ class SpanEncoding:
         codebook: int | None,
         *,
         backend: Backend = Backend.AUTO,
+        program: "SpanProgram | None" = None,
     ) -> None:
         self._buffer = buffer
         self._source, self._target = source, target
         self._dense_pages, self._pages, self._codebook = list(dense_pages), list(pages), codebook
         self._backend = backend
-        self._triton = uses_triton(backend, buffer.device)
-        self._table = self._upload() if self._triton else None
+        self.program: SpanProgram | None = None
+        if uses_triton(backend, buffer.device) and not (target.key.codec.is_dense or target.value.codec.is_dense):
+            from qvg_paged.kernels import _span_program  # noqa: PLC0415 - triton is only loaded where it is used
+
+            self.program = program or _span_program.SpanProgram(buffer, source, target, len(pages))
+            self._bases = self._upload()
 
     def encode(self, layer: int) -> None:
         """Write K and V of `layer` into the quantised pages and the codebook."""
-        key, value = self._target.key, self._target.value
-        if self._table is not None and not (key.codec.is_dense or value.codec.is_dense):
-            with kernel_scope(self._buffer.device):
-                for parts in [(0, 1)] if self._target.is_uniform else [(0,), (1,)]:
-                    self._launch(layer, parts)
-        else:
+        if self.program is None:
             for part in (0, 1):
                 self._encode_part(layer, part)
+            return
+        with kernel_scope(self._buffer.device):
+            self.program.encode(self._bases, layer)
+            for part in (0, 1):
+                planes = (self._target.value if part else self._target.key).codebook_planes
+                if any(plane.nbytes % PLANE_ALIGNMENT for plane in planes):
+                    reference.zero_padding(self._buffer, planes, self._book(layer, part))
 
     def _upload(self) -> torch.Tensor:
-        """A row per layer: first elements of K's frames and V's, bytes of their parts, bytes of the codebooks."""
-        device, frames = self._buffer.device, len(self._pages)
+        """First elements of K's frames and V's, bytes of their pages, bytes of the codebook."""
+        device = self._buffer.device
         dense = [page * (GRANULE // self._source.key.dtype.itemsize) for page in self._dense_pages]
         pages = [page * GRANULE for page in self._pages]
-        row = torch.tensor([*dense, *dense, *pages, *pages, *[(self._codebook or 0) * GRANULE] * 2])
-        inside = _places_inside(self._source, self._target, frames)
-        table = torch.empty(inside.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-        return torch.add(inside, row, out=table).to(device, non_blocking=True)
+        bases = [*dense, *dense, *pages, *pages, *[(self._codebook or 0) * GRANULE] * 2]
+        return torch.tensor(bases, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
     def places(self, layer: int, parts: tuple[int, ...]) -> "tuple[SpanTokens, SpanPlaces]":
         """Where K (0) and V (1) of a layer come from and go to, for the Triton launchers."""
-        from qvg_paged.kernels import _span_triton  # noqa: PLC0415 - triton is only loaded where it is used
-
-        assert self._table is not None
-        source, frames = self._source.key, len(self._pages)
-        row, some = self._table[layer], slice(parts[0], parts[-1] + 1)
-        starts, ends = row[: 4 * frames].view(2, 2, frames)
-        tokens = _span_triton.SpanTokens(
-            base=self._buffer[: self._buffer.numel() // 4 * 4].view(source.dtype), starts=starts[some],
-            token_stride=source.heads * source.head_dim, head_stride=source.head_dim, frame_tokens=source.tokens,
-            heads=source.heads, head_dim=source.head_dim,
-        )  # fmt: skip
-        both: tuple[PartLayout, ...] = (self._target.key, self._target.value)
-        return tokens, _span_triton.SpanPlaces(self._buffer, both[some], ends[some], row[4 * frames :][some])
-
-    def _launch(self, layer: int, parts: tuple[int, ...]) -> None:
-        from qvg_paged.kernels import _span_triton  # noqa: PLC0415 - triton is only loaded where it is used
-
-        _span_triton.encode_rows(*self.places(layer, parts))
-        for part in parts:
-            planes = (self._target.value if part else self._target.key).codebook_planes
-            if any(plane.nbytes % PLANE_ALIGNMENT for plane in planes):
-                reference.zero_padding(self._buffer, planes, self._book(layer, part))
+        assert self.program is not None
+        return self.program.places(self._bases, layer, parts)
 
     def _book(self, layer: int, part: int) -> int:
         assert self._codebook is not None
@@ -118,16 +106,3 @@ class SpanEncoding:
         else:
             book = self._book(layer, part) if layout.codebook_planes else None
             encode_part(torch.cat(frames), layout, self._buffer, offsets, book, backend=self._backend)
-
-
-@lru_cache(maxsize=64)
-def _places_inside(source: PageLayout, target: PageLayout, frames: int) -> torch.Tensor:
-    """`SpanEncoding`'s table for pages and a codebook at the start of the pool."""
-    layers = torch.arange(target.num_layers)[:, None]
-
-    def parts(sizes: PartLayout, stride: int) -> torch.Tensor:
-        return torch.tensor([0, sizes.nbytes]).repeat_interleave(frames) + layers * stride
-
-    book = torch.tensor([0, target.key.codebook_nbytes]) + layers * target.codebook_layer_nbytes
-    starts = parts(source.key, source.layer_nbytes) // source.key.dtype.itemsize
-    return torch.cat([starts, parts(target.key, target.layer_nbytes), book], 1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +11,9 @@ from qvg_paged.fence import PASSED, Fence
 from qvg_paged.kernels.layout import PageLayout
 from qvg_paged.kernels.span import SpanEncoding
 from qvg_paged.page import DENSE_FORMAT, Page
+
+if TYPE_CHECKING:
+    from qvg_paged.kernels._span_program import SpanProgram
 
 __all__ = ["SpanEncoder"]
 
@@ -23,6 +27,7 @@ class SpanEncoder:
     def __init__(self, buffer: torch.Tensor, layouts: tuple[PageLayout, ...]) -> None:
         self._buffer = buffer
         self._layouts = layouts
+        self._programs: dict[tuple[int, int], SpanProgram] = {}
         self._side = None
         if buffer.device.type == "cuda":
             self._side = torch.cuda.Stream(buffer.device)
@@ -56,11 +61,14 @@ class SpanEncoder:
             self._encode(spans, layers)
 
     def _span(self, dense: list[Page], quantised: list[Page]) -> SpanEncoding:
-        codebook = quantised[0].codebook
-        return SpanEncoding(
+        codebook, shape = quantised[0].codebook, (quantised[0].format, len(quantised))
+        span = SpanEncoding(
             self._buffer, self._layouts[DENSE_FORMAT], self._layouts[quantised[0].format], [page.id for page in dense],
-            [page.id for page in quantised], codebook.id if codebook else None,
+            [page.id for page in quantised], codebook.id if codebook else None, program=self._programs.get(shape),
         )  # fmt: skip
+        if span.program is not None:
+            self._programs[shape] = span.program
+        return span
 
     def _encode(self, spans: Sequence[SpanEncoding], layers: Sequence[int]) -> None:
         for span in spans:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from qvg_paged.kernels import _decode_triton, _kmeans_triton, _span_triton
+from qvg_paged.kernels._span_plan import workspace_nbytes
+from qvg_paged.kernels._span_workspace import Workspace
 from qvg_paged.kernels.formats import DENSE_CODEC, FORMATS, BalanceRule, CentroidType, Codec, ScaleRule
 from qvg_paged.kernels.layout import PartLayout
 from qvg_paged.kernels.rope import RoPELayout, RoPESpec
@@ -94,7 +96,8 @@ def _launch_span(layout: PartLayout, buffer: torch.Tensor, tensors: int, rows: r
         x, table, HEADS * layout.head_dim, layout.head_dim, TOKENS, HEADS, layout.head_dim
     )  # fmt: skip
     places = _span_triton.SpanPlaces(buffer, (layout,) * tensors, table, table[:, 0].contiguous())
-    _span_triton.encode_group(tokens, places, rows)
+    workspace = Workspace(2 * workspace_nbytes(layout, tokens.span_tokens), buffer.device)
+    _span_triton.encode_group(tokens, places, rows, workspace)
 
 
 def launch_codec(codec: Codec, dtype: torch.dtype, dim: int) -> None:

@@ -282,7 +282,7 @@ def interpreted(path: Path, parts: Sequence[Path] = ()) -> types.ModuleType:
 
 def _interpreted(path: Path, names: dict[str, Any]) -> types.ModuleType:
     # Line numbers stay: the interpreter reads the source again.
-    text = re.sub(r"^from (triton\.experimental|qvg_paged\.kernels\._few)[^(\n]*(\([^)]*\))?",
+    text = re.sub(r"^from (triton\.experimental|qvg_paged\.kernels\._(?:few|sum))[^(\n]*(\([^)]*\))?",
                   lambda found: "\n" * found[0].count("\n"), path.read_text(), flags=re.MULTILINE)  # fmt: skip
     module = types.ModuleType("interpreted_" + path.stem)
     module.__dict__.update(names)

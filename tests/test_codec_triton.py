@@ -138,8 +138,8 @@ def test_the_kernels_compile_for_hopper_once_per_codec() -> None:
     variants = Counter((row["kernel"], row["codec"], row["dtype"], row["head_dim"]) for row in compiled)
     assert {kernel for kernel, *_ in variants} == {
         "_moments_kernel", "_sampled_moments_kernel", "_spread_kernel", "_seed_kernel", "_assign_kernel",
-        "_sum_kernel", "sum_kernel", "_mean_kernel", "_left_kernel", "_rebalance_kernel", "_round_kernel",
-        "_book_kernel", "_pack_kernel", "_decode_kernel", "_dense_kernel",
+        "_sum_kernel", "sum_kernel", "assign_kernel", "_mean_kernel", "_left_kernel", "_rebalance_kernel",
+        "_multiply_kernel", "_round_kernel", "_book_kernel", "_pack_kernel", "_decode_kernel", "_dense_kernel",
     }  # fmt: skip
     for (kernel, codec, dtype, dim), count in variants.items():
         every_stage = codec == "qvg-pro" and kernel in ("_seed_kernel", "_assign_kernel", "_sum_kernel")
@@ -233,9 +233,34 @@ AS_MANY = PageFormat(
 )
 
 
+@pytest.mark.parametrize("backend", [Backend.TORCH, Backend.TRITON])
+def test_channels_are_balanced_by_a_sample_of_a_long_span(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of every four tokens of a frame decides, on every device; the others are stored all the same."""
+    monkeypatch.setattr(_span_plan, "SEEN_PER_CENTROID", 8)
+    frames, tokens = 2, 262
+    codec = Codec(grid=Grid.INT4, block_size=16, num_centroids=16, balanced=True, iterations=2)
+    x = torch.randn(frames * tokens, 1, 16, device=DEVICE).half()
+    outside = torch.arange(frames * tokens, device=DEVICE) % tokens
+    outside = (outside % 4 > 0) | (outside >= 260)
+    other = torch.where(outside[:, None, None], x * 3, x)
+    balance = []
+    for y in (x, other):
+        span = encode_span(y, codec, tokens_per_frame=tokens, backend=backend)
+        balance.append(span.layout.plane("balance").view(span.buffer, 0))
+        error = (decode_span(span, torch.float32, backend=Backend.TORCH) - y).square().mean() / y.square().mean()
+        assert float(error) < 0.01
+    assert torch.equal(*balance)
+    spread = x.unflatten(0, (frames, tokens))[:, :260:4].flatten(0, 1).double().std(0, correction=0)
+    torch.testing.assert_close(balance[0].double(), spread, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("fmt", ["qvg4-int2", "qvg-int2", "best-2bit", AS_MANY])
-def test_a_layer_of_a_span_is_what_its_tensors_are_by_themselves(fmt: str | PageFormat) -> None:
-    """K and V in the same launches, out of the pool and into it: the bytes of `encode_part`, and no others change."""
+def test_a_layer_of_a_span_is_what_its_tensors_are_by_themselves(fmt: str | PageFormat, again: bool) -> None:
+    """K and V in the same launches, out of the pool and into it: the bytes of `encode_part`, and no others change.
+
+    Also if the launches were those of another span before.
+    """
     frames, heads, dim = 2, 2, 64
     shape = {"num_layers": 2, "tokens": 40, "heads": heads, "head_dim": dim, "dtype": torch.float16,
              "span_tokens": 80, "split_pairs": True}  # fmt: skip
@@ -246,7 +271,12 @@ def test_a_layer_of_a_span_is_what_its_tensors_are_by_themselves(fmt: str | Page
     dense, pages, book = starts[:frames], starts[frames : 2 * frames], starts[-1]
     pool = torch.randn(((book + 2) * GRANULE + target.codebook_nbytes) // 2, device=DEVICE).half().view(torch.uint8)
     pools = [pool.clone() for _ in range(2)]
-    SpanEncoding(pools[0], source, target, dense, pages, book, backend=Backend.TRITON).encode(1)
+    program = None
+    if again:
+        before = SpanEncoding(pools[0], source, target, dense[::-1], pages, book, backend=Backend.TRITON)
+        before.encode(1)
+        program = before.program
+    SpanEncoding(pools[0], source, target, dense, pages, book, backend=Backend.TRITON, program=program).encode(1)
     plane = source.key.plane("values")
     for layout, start, end, inside in (
         (target.key, source.key_offset(1), target.key_offset(1), target.key_codebook_offset(1)),

@@ -32,6 +32,7 @@ def row_group(x: torch.Tensor, count: int) -> Any:
         ids=torch.zeros(1, heads, tokens, dtype=torch.uint8, device=x.device),
         centroids=torch.zeros(1, heads, count, dim, dtype=torch.bfloat16, device=x.device),
         norms=torch.zeros(heads, count, device=x.device),
+        scratch=torch.empty(heads * count * (dim + 1) * 4 * 8, dtype=torch.uint8, device=x.device),
     )  # fmt: skip
 
 
@@ -215,6 +216,33 @@ def test_tensor_cores_add_up_the_tokens_of_every_centroid(frame_tokens: int) -> 
         exact = torch.zeros(count, dim).double().index_add_(0, mine, x[:, :, head].flatten(0, 1).double())
         torch.testing.assert_close(sums[head].sum(0).double(), exact, rtol=0, atol=1e-4)
         assert torch.equal(counts[head].sum(0), torch.bincount(mine, minlength=count))
+
+
+@pytest.mark.parametrize("frame_tokens", [64, 100, 131])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_tensor_cores_find_the_nearest_centroid_of_every_token(frame_tokens: int, balanced: bool) -> None:
+    """The kernel for Hopper, interpreted: two programs a row, and frames that end inside a tile."""
+    if torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is off where there is a GPU")
+    from interpreted_gluon import interpreted  # noqa: PLC0415
+
+    folder = Path(reference.__file__).parent
+    kernel = interpreted(folder / "_assign_gluon.py", [folder / "_sum_gluon.py"]).assign_kernel
+    frames, heads, dim, count = 3, 2, 64, 130
+    x = torch.randn(frames, frame_tokens, heads, dim).bfloat16()
+    centroids = torch.randn(heads, count, dim).bfloat16()
+    inverse = torch.randint(1, 3, (heads, dim)).float() if balanced else torch.ones(heads, dim)
+    tokens, tiles = frames * frame_tokens, frames * -(-frame_tokens // 64)
+    ids = torch.full((heads, tokens), 255, dtype=torch.uint8)
+    starts, each = (torch.arange(frames) * x.stride(0))[None], -(-tiles // 2)
+    kernel[(2, heads)](
+        centroids, centroids.float().square().sum(-1), x, starts, inverse, ids, 0, heads, frames, frame_tokens, tokens,
+        count, heads * dim, dim, each, -256, D=dim, K=256, AHEAD=2, BALANCED=balanced, num_warps=4,
+    )  # fmt: skip
+    for head in range(heads):
+        distances = torch.cdist(x[:, :, head].flatten(0, 1).float() * inverse[head], centroids[head].float())
+        found = distances.gather(1, ids[head].long()[:, None])[:, 0]
+        torch.testing.assert_close(found, distances.amin(1), rtol=1e-3, atol=0)
 
 
 @pytest.mark.gpu

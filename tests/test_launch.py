@@ -20,7 +20,7 @@ from triton.backends.compiler import BaseBackend
 from triton.runtime.jit import JITFunction
 
 from qvg_paged.kernels import launch as module
-from qvg_paged.kernels.launch import launch, recorded
+from qvg_paged.kernels.launch import launch, movable, recorded
 
 KERNELS = Path(module.__file__).parent
 
@@ -131,6 +131,29 @@ def test_recorded_launches_are_repeated_on_the_stream_they_are_given(kernel: Any
     outer[0](5)
     assert [launched[:4] for launched in done.launched] == [(n, 1, 1, 70) for n in (1, 2, 3)] + [(1, 1, 1, 5)]
     assert done.launched[0][4:] == done.launched[-1][4:]
+
+
+def test_a_recorded_launch_can_be_moved_to_other_memory(kernel: Any) -> None:
+    """Pointers into the given blocks follow them, whatever else is passed stays."""
+    block, elsewhere = torch.zeros(64, dtype=torch.uint8), torch.zeros(64, dtype=torch.uint8)
+    inside = block[16:32].view(torch.float32)
+    first = arguments(where=5, pieces=None)
+    with recorded() as launches:
+        launch(kernel, (2,), inside, *first[1:], WIDTH=64)
+        launch(kernel, (2,), *arguments(), WIDTH=64)
+    with pytest.raises(TypeError, match="tuples"):
+        movable(launches[1], (block,))
+    moved = movable(launches[0], (block, first[1]))
+    assert moved is not None
+    moved(9, (elsewhere.data_ptr(), 4096))
+    before, after = kernel.compiled[0].launched
+    assert after[:4] == (2, 1, 1, 9)
+    assert after[9:11] == (elsewhere.data_ptr() + 16, 4096)
+    assert after[11:] == before[11:]
+
+
+def test_what_an_interpreter_ran_cannot_be_moved() -> None:
+    assert movable(lambda _: None, ()) is None
 
 
 def test_a_parameter_that_is_missing_is_told(kernel: Any) -> None:
