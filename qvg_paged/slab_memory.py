@@ -1,6 +1,6 @@
 """The bytes of a pool: one tensor, and what is made of it again and again."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ class SlabMemory:
 
     Attributes:
         buffer: the bytes, ``[nbytes]`` uint8; the same tensor for good, even if its memory is another one day.
+        made: what others have made of its memory; empty again when that is another.
     """
 
     def __init__(self, nbytes: int, device: torch.device, fill: FreeFill) -> None:
@@ -26,12 +27,14 @@ class SlabMemory:
         self._fill = 0xFF if fill is FreeFill.POISON else 0
         self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.buffer.fill_(self._fill)
+        self.made: dict[Hashable, Any] = {}
         self._look()
 
     def _look(self) -> None:
         """Forget what was made of other memory."""
         self._views: dict[torch.dtype, torch.Tensor] = {}
         self._stretches: dict[tuple[torch.dtype, int, int], torch.Tensor] = {}
+        self.made.clear()
         self._fills: dict[tuple[int, int], Callable[[int], object]] = {}
         self._bytes: Any = self.buffer.numpy() if self._device.type == "cpu" else None
 
