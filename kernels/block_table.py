@@ -1,46 +1,17 @@
 """Block tables in CSR form: which pages each sequence of a ragged batch attends to, in order."""
 
-from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from qvg_paged.kernels.table_memory import TableMemory, Upload, keep
+from qvg_paged.kernels.table_memory import FormatGroup, TableMemory, Upload, keep
 
 __all__ = ["BlockTable", "FormatGroup"]
 
 NO_CODEBOOK = -1
-
-
-class FormatGroup(NamedTuple):
-    """Entries of a block table that share a page format, on the device.
-
-    Attributes:
-        pages: ``[entries]`` int32 page ids (units of `GRANULE` bytes).
-        codebooks: ``[entries]`` int32 codebook ids, -1 where there is none.
-        positions: ``[entries]`` float32 frame position of each page, for RoPE.
-        indptr: ``[batch + 1]`` int32; sequence b owns entries ``indptr[b]:indptr[b + 1]``.
-        host_indptr: the same on the host.
-        order: for each entry its place among all entries of the table.
-    """
-
-    pages: torch.Tensor
-    codebooks: torch.Tensor
-    positions: torch.Tensor
-    indptr: torch.Tensor
-    host_indptr: tuple[int, ...]
-    order: tuple[int, ...]
-
-
-class _Part(NamedTuple):
-    """Entries of one format, on the host."""
-
-    format: int
-    order: tuple[int, ...]
-    columns: tuple[Sequence[int], Sequence[int], Sequence[float], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -118,27 +89,13 @@ class BlockTable:
     @cached_property
     def groups(self) -> dict[int, FormatGroup]:
         """The entries by format index, uploaded once and together."""
-        parts = [self._part(fmt) for fmt in sorted(set(self.formats))]
-        if not parts:
-            return {}
-        numbers: list[float] = []
-        for part in parts:
-            for column in part.columns:
-                numbers += column
-        upload = self._upload(tuple([len(part.order) for part in parts]))
-        upload.send(numbers)
-        return {
-            part.format: FormatGroup(*planes, part.columns[3], part.order)
-            for part, planes in zip(parts, upload.planes, strict=True)
-        }
-
-    def _upload(self, entries: tuple[int, ...]) -> Upload:
-        ends = len(self.indptr)
         memory: TableMemory | None = self.__dict__.get("_memory")
         if memory is None:
-            return Upload(entries, ends, self.device)
-        upload, _ = self.__dict__["_taken"] = memory.take(entries, ends)
-        return upload
+            upload = Upload(self.formats, self.indptr, self.device)
+        else:
+            upload, _ = self.__dict__["_taken"] = memory.take(self.formats)
+        upload.send(self.pages, self.codebooks, self.positions)
+        return upload.groups
 
     def retire(self, *, idle: bool) -> None:
         """Let go of device memory: the table is not used any more. If the device is done with it, too (`idle`), the
@@ -150,24 +107,6 @@ class BlockTable:
             self.__dict__.pop("groups", None)
             if idle:
                 keep(*taken)
-
-    def _part(self, fmt: int) -> _Part:
-        formats, count = self.formats, self.formats.count(fmt)
-        first = formats.index(fmt)
-        end = first + count
-        if formats[first:end].count(fmt) == count:  # neighbours, as they mostly are
-            order = tuple(range(first, end))
-            columns = self.pages[first:end], self.codebooks[first:end], self.positions[first:end]
-        else:
-            order = tuple([entry for entry, other in enumerate(formats) if other == fmt])
-            pages, codebooks, positions = self.pages, self.codebooks, self.positions
-            columns = (
-                tuple([pages[i] for i in order]),
-                tuple([codebooks[i] for i in order]),
-                tuple([positions[i] for i in order]),
-            )
-        indptr = (0, count) if self.batch == 1 else tuple([bisect_left(order, end) for end in self.indptr])
-        return _Part(fmt, order, (*columns, indptr))
 
     def dense(self, fill: int = -1) -> torch.Tensor:
         """Page ids as ``[batch, longest]`` int32 on the host, padded with `fill`: the form LLM engines use."""

@@ -1,68 +1,101 @@
 """Memory of block tables on the device, and what fills it: one copy a table."""
 
-from collections.abc import Sequence
-from functools import lru_cache
+from bisect import bisect_left
+from collections.abc import Callable
+from operator import itemgetter
 from struct import Struct
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["TableMemory", "Upload"]
+__all__ = ["FormatGroup", "TableMemory", "Upload", "keep"]
 
 WORD = 4
 ALIGNMENT = 4
 """Numbers of four bytes: every plane of an upload starts at a multiple of 16 bytes, as a tensor of its own would."""
+PLANES = "iifi"
+"""Pages, codebooks, positions, ends of sequences."""
 SHAPES = 64
 """Shapes of which uploads are kept for tables to come."""
 KEPT = 16
 """Uploads of a shape that are kept."""
 
 
-@lru_cache(maxsize=1024)
-def _packing(entries: tuple[int, ...], ends: int) -> tuple[Struct, list[int], list[tuple[int, torch.dtype]]]:
-    """How an upload is packed that has three planes for each count of `entries`, positions last, and a plane of `ends`
-    numbers after these: the numbers, the lengths of its pieces, and which of these are planes, not what fills them up.
+class FormatGroup(NamedTuple):
+    """Entries of a block table that share a page format, on the device.
+
+    Attributes:
+        pages: ``[entries]`` int32 page ids (units of `GRANULE` bytes).
+        codebooks: ``[entries]`` int32 codebook ids, -1 where there is none.
+        positions: ``[entries]`` float32 frame position of each page, for RoPE.
+        indptr: ``[batch + 1]`` int32; sequence b owns entries ``indptr[b]:indptr[b + 1]``.
+        host_indptr: the same on the host.
+        order: for each entry its place among all entries of the table.
     """
-    code = ""
-    lengths: list[int] = []
-    planes: list[tuple[int, torch.dtype]] = []
-    for count in entries:
-        for length, kind in ((count, "i"), (count, "i"), (count, "f"), (ends, "i")):
-            pad = -length % ALIGNMENT
-            code += f"{length}{kind}{pad * WORD}x"
-            planes.append((len(lengths), torch.float32 if kind == "f" else torch.int32))
-            lengths += [length, pad] if pad else [length]
-    return Struct(f"={code}"), lengths, planes
+
+    pages: torch.Tensor
+    codebooks: torch.Tensor
+    positions: torch.Tensor
+    indptr: torch.Tensor
+    host_indptr: tuple[int, ...]
+    order: tuple[int, ...]
 
 
 class Upload:
-    """A table's numbers on the host, and as tensors on the device.
+    """The entries of a table by format, on the device; all but their numbers, which `send` brings there.
 
     Args:
-        entries: how many entries of each format.
-        ends: how many ends of sequences.
+        formats: format of each entry.
+        indptr: where sequences begin and end.
 
     Attributes:
-        planes: for each format pages, codebooks, positions and ends of sequences, as `send` leaves them.
+        groups: the entries by format.
     """
 
-    __slots__ = ("_bytes", "_on_device", "_on_host", "_struct", "planes")
+    __slots__ = ("_bytes", "_on_device", "_on_host", "_parts", "_struct", "groups")
 
-    def __init__(self, entries: tuple[int, ...], ends: int, device: torch.device) -> None:
-        self._struct, lengths, planes = _packing(entries, ends)
+    def __init__(self, formats: tuple[int, ...], indptr: tuple[int, ...], device: torch.device) -> None:
+        orders = {fmt: _places(formats, fmt) for fmt in sorted(set(formats))}
+        ends_of = [tuple([bisect_left(order, end) for end in indptr]) for order in orders.values()]
+        self._parts = list(zip(map(_picker, orders.values()), ends_of, strict=True))
+        lengths = [length for order in orders.values() for length in (*[len(order)] * 3, len(indptr))]
+        pads = [-length % ALIGNMENT for length in lengths]
+        kinds = PLANES * len(orders)
+        code = [f"{length}{kind}{pad * WORD}x" for length, kind, pad in zip(lengths, kinds, pads, strict=True)]
+        self._struct = Struct("=" + "".join(code))
         self._bytes = bytearray(self._struct.size)
+        self.groups: dict[int, FormatGroup] = {}
+        if not orders:
+            return
         self._on_host = torch.frombuffer(self._bytes, dtype=torch.int32)
-        self._on_device = self._on_host
-        if device.type != "cpu":
-            self._on_device = torch.empty_like(self._on_host, device=device)
-        pieces = self._on_device.split_with_sizes(lengths)
-        views = iter([pieces[piece].view(dtype) for piece, dtype in planes])
-        self.planes = list(zip(views, views, views, views, strict=True))
+        on_cpu = device.type == "cpu"
+        self._on_device = self._on_host if on_cpu else torch.empty_like(self._on_host, device=device)
+        pieces = self._on_device.split_with_sizes([n for pair in zip(lengths, pads, strict=True) for n in pair])[::2]
+        views = iter([x.view(torch.float32) if kind == "f" else x for x, kind in zip(pieces, kinds, strict=True)])
+        for (fmt, order), ends in zip(orders.items(), ends_of, strict=True):
+            self.groups[fmt] = FormatGroup(next(views), next(views), next(views), next(views), ends, order)
 
-    def send(self, numbers: Sequence[float]) -> None:
-        """Fill the planes, in order, behind what was launched on the current stream."""
+    def send(self, pages: tuple[int, ...], codebooks: tuple[int, ...], positions: tuple[float, ...]) -> None:
+        """Fill the groups with numbers of all entries, behind what was launched on the current stream."""
+        numbers: list[float] = []
+        for pick, ends in self._parts:
+            numbers += pick(pages)
+            numbers += pick(codebooks)
+            numbers += pick(positions)
+            numbers += ends
         self._struct.pack_into(self._bytes, 0, *numbers)
-        if self._on_device is not self._on_host:
+        if self.groups and self._on_device is not self._on_host:
             self._on_device.copy_(self._on_host, non_blocking=True)
+
+
+def _places(formats: tuple[int, ...], fmt: int) -> tuple[int, ...]:
+    return tuple([place for place, other in enumerate(formats) if other == fmt])
+
+
+def _picker(order: tuple[int, ...]) -> Callable[[tuple[float, ...]], Any]:
+    """What takes these places of a tuple: neighbours, as they mostly are, as a slice."""
+    first, last = order[0], order[-1]
+    return itemgetter(slice(first, last + 1)) if last - first == len(order) - 1 else itemgetter(*order)
 
 
 class TableMemory:
@@ -74,16 +107,16 @@ class TableMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._free: dict[tuple[tuple[int, ...], int], list[Upload]] = {}
+        self._free: dict[tuple[int, ...], list[Upload]] = {}
 
-    def take(self, entries: tuple[int, ...], ends: int) -> tuple[Upload, list[Upload]]:
-        """One of that shape, and where to put it when the device is done with it: see `keep`."""
-        free = self._free.get((entries, ends))
+    def take(self, formats: tuple[int, ...]) -> tuple[Upload, list[Upload]]:
+        """One for entries of one sequence, and where to put it when the device is done with it: see `keep`."""
+        free = self._free.get(formats)
         if free is None:
             if len(self._free) == SHAPES:
                 self._free.clear()
-            free = self._free[entries, ends] = []
-        return free.pop() if free else Upload(entries, ends, self.device), free
+            free = self._free[formats] = []
+        return free.pop() if free else Upload(formats, (0, len(formats)), self.device), free
 
 
 def keep(upload: Upload, free: list[Upload]) -> None:
