@@ -107,7 +107,7 @@ def test_launches_are_repeated_until_the_pools_memory_is_another(monkeypatch: py
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gpu_finds_a_single_number_in_long_stretches(dtype: torch.dtype) -> None:
     model = make_model(dtype=dtype, num_kv_heads=3, head_dim=128, tokens_per_frame=1560)
-    cache = make_cache(pool=160 << 20, model=model, device="cuda")
+    cache = make_cache(pool=320 << 20, model=model, device="cuda", staging="64MiB")
     check = cache.finite
     chunks = cache.begin_chunks([cache.open(name, window=WINDOW) for name in "ab"])
     for chunk in chunks:

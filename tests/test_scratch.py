@@ -75,7 +75,7 @@ def test_a_chunk_writes_through_the_writer_of_its_scratch() -> None:
 @pytest.mark.parametrize("how", ["contiguous", "part of a wider tensor", "heads first", "at an odd address"])
 def test_a_gpu_stores_the_same_bytes_by_launch_and_by_copies(places: str, how: str) -> None:
     model = make_model(dtype=torch.bfloat16, num_kv_heads=3, head_dim=128, tokens_per_frame=1560)
-    cache = make_cache(pool=64 << 20, model=model, device="cuda")
+    cache = make_cache(pool=64 << 20, model=model, device="cuda", staging="64MiB")
     pages = cache.store.reserve("t", 5, 0, 0).scratch
     chosen = [pages[i] for i in PLACES[places]]
     shape = (len(chosen) * model.tokens_per_frame, model.num_kv_heads, model.head_dim)
