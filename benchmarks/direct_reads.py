@@ -308,7 +308,7 @@ def rows_of(section: str) -> list[Callable[[], dict[str, Any]]]:
     if section == "chunk":
         return [
             lambda h=h, n=n, p=p: case("chunk", batch=1, q_heads=h, heads=h, queries=n, pages=p, cudnn=True)  # type: ignore[misc]
-            for h in (12, 40) for n in (200, 4680) for p in (18, 53)
+            for n in (256, 4680) for h in (12, 40) for p in (18, 53)
         ]  # fmt: skip
     if section == "shapes":
         return [

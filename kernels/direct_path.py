@@ -202,8 +202,8 @@ def _cuts(
     for fmt in table.groups:
         layout = layouts[fmt]
         if longest >= FEWEST_ROWS and has_wgmma(q.device) and reads_many_queries(layout, q.dtype):
-            rows = many_queries.block_rows(longest)
-            work = many_shares(table, fmt, layout, cu_queries, sequences, group, rows, processors, most_slots)
+            given = (table, fmt, layout, cu_queries, sequences, group, longest, processors, most_slots)
+            work, rows = many_shares(*given)
             cut = _Cut(work, 0, rows, many=True)
         elif longest <= FEW_ROWS and has_gluon(q.device) and reads_few_queries(layout, q.dtype):
             rows = few_queries.block_rows(longest)

@@ -95,7 +95,7 @@ def page_groups(tokens: int) -> int:
 
 def shares(
     table: BlockTable, fmt: int, layout: PageLayout, cu_queries: tuple[int, ...], sequences: range, group: int,
-    rows: int, programs: int, per_page: int, length: Callable[[list[int], int], int] | None = None,
+    rows: int, programs: int, per_page: int, length: Callable[[list[int], int], int] | None = None, results: int = 1,
 ) -> Shares:  # fmt: skip
     """Cut the keys of `sequences` in format `fmt` into shares for about `programs` programs.
 
@@ -110,6 +110,7 @@ def shares(
         programs: programs that run at the same time.
         per_page: groups of tokens in a page, the unit in which keys are cut.
         length: groups of the longest share, from those of all runs and `programs`; this kernel's own if None.
+        results: partial results of a share, in slots that follow one another.
     """
 
     def build() -> Shares:
@@ -125,16 +126,17 @@ def shares(
             queries, used = cu_queries[b + 1] - cu_queries[b], 0
             for book, first, count in runs[b]:
                 parts = math.ceil(count * per_page / longest)
+                taken = range(used, used + parts * results, results)
                 bounds = [count * per_page * i // parts for i in range(parts + 1)]
                 for block in range(blocks[b]):
                     live = min(rows, queries * group - block * rows)
                     place = (cu_queries[b] - cu_queries[sequences.start], block * rows, live)
                     items += [
-                        (len(tables), book, first + begin // per_page, begin % per_page, end - begin, used + i, *place)
-                        for i, (begin, end) in enumerate(pairwise(bounds))
+                        (len(tables), book, first + begin // per_page, begin % per_page, end - begin, slot, *place)
+                        for slot, (begin, end) in zip(taken, pairwise(bounds), strict=True)
                     ]
                     tables.append((book, cu_queries[b], block * rows, live))
-                used += parts
+                used += parts * results
             slots += [used] if blocks[b] else []
 
         def upload(values: list[tuple[int, ...]]) -> torch.Tensor:
@@ -142,7 +144,8 @@ def shares(
 
         return Shares(upload(items), upload(tables), max(slots, default=0), len(set(slots)) > 1)
 
-    return remembered(table, ("shares", fmt, cu_queries, sequences, group, rows, programs, per_page, length), build)
+    key = ("shares", fmt, cu_queries, sequences, group, rows, programs, per_page, length, results)
+    return remembered(table, key, build)
 
 
 def _share_length(lengths: list[int], programs: int) -> int:

@@ -4,11 +4,12 @@ Shares are those of `qvg_paged.kernels.few_queries`, cut in tiles of 64 tokens f
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from qvg_paged.kernels.block_table import BlockTable
-from qvg_paged.kernels.few_queries import LOG2_E, Shares, shares, soonest_share
+from qvg_paged.kernels.few_queries import LOG2_E, Shares, page_groups, shares, soonest_share
 from qvg_paged.kernels.formats import CentroidType
 from qvg_paged.kernels.gluon import GluonKernel
 from qvg_paged.kernels.layout import PageLayout, PartLayout
@@ -17,18 +18,17 @@ __all__ = ["FEWEST_ROWS", "block_rows", "has_wgmma", "many_queries_attention", "
 
 FEWEST_ROWS = 33
 """Query rows (queries times the heads that share a KV head) of a sequence from which on this is the faster kernel."""
-TILE_TOKENS = 64
-START_TILES = 6
+START_TILES = 8
 """What a program does before and after its tiles, and what merging its result takes, in tiles."""
 MOST_WAVES = 12
-STAGES, DECODE_WARPS = 2, 4
+TILE_COSTS = {64: 1.08, 128: 1.33, 192: 1.64}
+"""Microseconds a tile on an H200, by query rows of a program."""
 LAUNCHES = {
-    1: {"REGISTERS": 128, "DECODE_REGISTERS": 112, "maxnreg": 128},
-    2: {"REGISTERS": 136, "DECODE_REGISTERS": 104},
-    3: {"REGISTERS": 136, "DECODE_REGISTERS": 104},
+    1: {"STAGES": 4, "REGISTERS": 152, "DECODE_REGISTERS": 104},
+    2: {"STAGES": 4, "REGISTERS": 152, "DECODE_REGISTERS": 104},
+    3: {"STAGES": 3, "REGISTERS": 128, "DECODE_REGISTERS": 128},
 }
-"""Registers of attending and of decoding warps, by blocks of 64 rows. With one block two programs share a
-multiprocessor."""
+"""Tiles of a ring, registers of attending and of decoding warps, by blocks of 64 rows."""
 
 
 def reads_many_queries(layout: PageLayout, dtype: torch.dtype) -> bool:
@@ -59,14 +59,14 @@ def has_wgmma(device: torch.device) -> bool:
 
 def block_rows(rows: int) -> int:
     """Query rows of a program where sequences have at most `rows`."""
-    return 64 * min(3, max(1, math.ceil(rows / 64)))
+    return min(TILE_COSTS, key=lambda block: math.ceil(rows / block) * TILE_COSTS[block])
 
 
 def many_shares(
     table: BlockTable, fmt: int, layout: PageLayout, cu_queries: tuple[int, ...], sequences: range, group: int,
-    rows: int, processors: int, most_slots: int | None,
-) -> Shares:  # fmt: skip
-    """Cut the keys of `sequences` in format `fmt` into shares.
+    longest: int, processors: int, most_slots: int | None,
+) -> tuple[Shares, int]:  # fmt: skip
+    """Cut the keys of `sequences` in format `fmt` into shares, for programs of so many query rows.
 
     Args:
         table: the pages.
@@ -75,19 +75,27 @@ def many_shares(
         cu_queries: first query of each sequence of the table.
         sequences: consecutive sequences.
         group: query heads of a KV head.
-        rows: query rows of a program, see `block_rows`.
+        longest: query rows of a sequence at most.
         processors: multiprocessors of the GPU.
         most_slots: partial results that there is memory for; a query gets more only if its codebooks are more.
     """
-    programs = processors * (2 if rows == 64 else 1)
-    given = (table, fmt, layout, cu_queries, sequences, group, rows)
-    per_page = math.ceil(layout.key.tokens / TILE_TOKENS)
-    while programs:
-        work = shares(*given, programs, per_page, _share_length)
-        if most_slots is None or work.slots <= most_slots:
-            return work
-        programs //= 2
-    return shares(*given, 1, per_page, _whole)
+    per_page, rows = page_groups(layout.key.tokens), block_rows(longest)
+
+    def cut(rows: int, programs: int, length: Callable[[list[int], int], int]) -> Shares:
+        given = (table, fmt, layout, cu_queries, sequences, group, rows, programs, per_page, length)
+        return shares(*given, results=2 if rows == 64 else 1)
+
+    for affordable in (rows, max(rows, 128)):
+        programs = processors
+        while programs:
+            work = cut(affordable, programs, _share_length)
+            if most_slots is None or work.slots <= most_slots:
+                return work, affordable
+            programs //= 2
+        work = cut(affordable, 1, _whole)
+        if most_slots is not None and work.slots <= most_slots:
+            break
+    return work, affordable
 
 
 def _whole(lengths: list[int], _: int) -> int:
@@ -95,8 +103,8 @@ def _whole(lengths: list[int], _: int) -> int:
 
 
 def _share_length(lengths: list[int], programs: int) -> int:
-    """Tiles of the longest share."""
-    return soonest_share(lengths, programs, range(1, MOST_WAVES + 1), START_TILES)
+    """Tiles of the longest share: two halves of a program take turns, so one would be too few."""
+    return max(2, soonest_share(lengths, programs, range(1, MOST_WAVES + 1), START_TILES))
 
 
 def many_queries_attention(
@@ -139,6 +147,6 @@ def many_queries_attention(
         q.shape[1] // key.heads, key.tokens, len(work.items), q.stride(0), q.stride(1),
         part_bytes(key, layout.key_offset(layer), layout.key_codebook_offset(layer)),
         part_bytes(layout.value, layout.value_offset(layer), layout.value_codebook_offset(layer)),
-        KEY=part_code(key), VALUE=part_code(layout.value), HEAD_DIM=key.head_dim, CB=key.codec.block_size,
-        BLOCKS=blocks, N=TILE_TOKENS, STAGES=STAGES, WARPS=DECODE_WARPS, num_warps=4, **LAUNCHES[blocks],
+        KEY=part_code(key), VALUE=part_code(layout.value), HEAD_DIM=key.head_dim, BLOCKS=blocks,
+        num_warps=4, **LAUNCHES[blocks],
     )  # fmt: skip

@@ -4,6 +4,7 @@ Exit status 77: there is no compiler here. Run by the tests in a process without
 """
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -96,17 +97,18 @@ def compile_many_queries(blocks: int) -> dict[str, Any]:
     layout = PageLayout.build(
         FORMATS["qvg4-int2"], num_layers=1, tokens=1560, heads=4, head_dim=128, dtype=torch.bfloat16, span_tokens=4680
     )
-    options = dict(many_queries.LAUNCHES[blocks])
-    registers = options.pop("maxnreg", None)
     constants: dict[str, Any] = {
-        "KEY": part_code(layout.key), "VALUE": part_code(layout.value), "HEAD_DIM": 128, "CB": 64, "BLOCKS": blocks,
-        "N": many_queries.TILE_TOKENS, "STAGES": many_queries.STAGES, "WARPS": many_queries.DECODE_WARPS, **options,
+        "KEY": part_code(layout.key), "VALUE": part_code(layout.value), "HEAD_DIM": 128, "BLOCKS": blocks,
+        **many_queries.LAUNCHES[blocks],
     }  # fmt: skip
     pointers = {"partials": "*fp32", "partial_lse": "*fp32", "q": "*bf16", "buffer": "*u8", "pages": "*i32",
                 "items": "*i32"}  # fmt: skip
-    limit = {} if registers is None else {"maxnreg": registers}
-    done = compile_gluon(kernel, pointers, {"scale_log2": "fp32"}, constants, {"num_warps": 4, **limit})
-    return {"head_dim": 128, "blocks": blocks, "shared": done.metadata.shared}
+    done = compile_gluon(kernel, pointers, {"scale_log2": "fp32"}, constants, {"num_warps": 4})
+    ptx = done.asm["ptx"]
+    starts = "|".join(re.findall(r"mov\.[bu]32\s+(%r\d+), global_smem;", ptx))
+    offsets = re.findall(rf"global_smem\+(\d+)|add\.s32\s+%r\d+, (?:{starts}), (\d+);", ptx)
+    buffers = sorted({int(a or b) for a, b in offsets})
+    return {"head_dim": 128, "blocks": blocks, "shared": done.metadata.shared, "buffers": buffers}
 
 
 def main() -> None:

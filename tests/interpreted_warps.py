@@ -4,6 +4,7 @@ A thread goes on until a barrier holds it, and writers go first, so that they ru
 a barrier that is missing shows in the result. What `interpreted_gluon` says of layouts holds here as well.
 """
 
+import ctypes
 import re
 import sys
 import threading
@@ -18,6 +19,10 @@ import triton
 import triton.language as tl
 from interpreted_gluon import _Language, _Layout, _plain, _Shared
 
+SHARED = np.full(1 << 15, 0xFFFFFFFF, np.uint32)
+"""What is read by address: where a program's shared memory starts."""
+COPIES: list[tuple[int, np.ndarray]] = []
+"""Copies to it that nobody has waited for."""
 TURN = threading.Condition()
 PATIENCE = 120
 
@@ -38,6 +43,9 @@ class _Tile(_Shared):
 
     def store(self, value: Any) -> None:
         self.pieces = {(0, 0): value}
+
+    def _keep_alive(self) -> None:
+        pass
 
     def permute(self, _: tuple[int, ...]) -> _Shared:
         turned = _Shared(self.value())
@@ -90,6 +98,14 @@ class _Barrier:
 
 
 class _Warps(_Language):
+    SwizzledSharedLayout = _Layout
+
+    def barrier(self) -> None:
+        """Warps of one partition are one thread."""
+
+    def convert_layout(self, x: Any, _: object, **__: object) -> Any:
+        return x
+
     def allocate_shared_memory(self, _dtype: Any, _shape: list[int], _: object, value: Any = None) -> _Tile:
         return _Tile(value)
 
@@ -100,8 +116,11 @@ class _Warps(_Language):
         text = str(getattr(asm, "value", asm))
         if "0x00100010" in text:
             return _scales(inputs[0])
-        assert "shf.r.wrap" in text, text
-        return _levels(text, *inputs)
+        if "vote.sync" in text:
+            return inputs[0] * inputs[1]
+        if "shf.r.wrap" in text:
+            return _levels(text, *inputs)
+        return _copied(text, inputs)
 
     def warp_specialize(self, partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], *_: object) -> None:
         """Every partition to its end, the last one first."""
@@ -149,24 +168,44 @@ def _scales(words: Any) -> Any:
     return _tensor(twice.reshape(data.shape), tl.int32)
 
 
-def _levels(asm: str, codes: Any, scale: Any, centroid: Any, turn: Any) -> tuple[Any, ...]:
-    """Four channels of a word, rounded once."""
+def _levels(asm: str, codes: Any, scale: Any, at: Any, turned: Any) -> tuple[Any, ...]:
+    """Eight channels of two words, rounded once, with a centroid row that is looked up."""
 
     def constant(before: str) -> int:
         return int(asm.split(before)[1].split(";", maxsplit=1)[0])
 
-    words = codes.handle.data.view(np.uint32).astype(np.uint64)
-    by = (turn.handle.data.astype(np.int64) & 31).astype(np.uint64)
-    turned = ((words << 32 | words) >> by).astype(np.uint32) & np.uint32(constant("and.b32 t, t, "))
+    shape = codes.handle.data.shape
+    words = np.ascontiguousarray(codes.handle.data).view(np.uint32).reshape(*shape, 2).astype(np.uint64)
+    by = (turned.handle.data.astype(np.int64) & 31).astype(np.uint64)[..., None]
+    made = ((words << 32 | words) >> by).astype(np.uint32) & np.uint32(constant("and.b32 t, t, "))
     level = 128.0 + _bf16(np.uint32(constant("mov.b32 base, ") & 0xFFFF)[None])
     factor = _bf16(scale.handle.data.view(np.uint32) & 0xFFFF)
-    rows = np.ascontiguousarray(centroid.handle.data).view(np.uint16).reshape(*words.shape, 4)
-    made = []
-    for channel in range(4):
-        value = (level + (turned >> 8 * channel & 0xFF)) * factor + _bf16(rows[..., channel])
-        bits = torch.from_numpy(value.astype(np.float32)).bfloat16().view(torch.int16).numpy()
-        made.append(_tensor(bits.view(np.uint16), tl.bfloat16))
-    return tuple(made)
+    row = (at.handle.data + int(asm.split("[$10+")[1].split("]", maxsplit=1)[0])) // 4
+    channels = []
+    for channel in range(8):
+        centroid = _bf16(SHARED[row + channel // 2] >> 16 * (channel % 2) & 0xFFFF)
+        code = made[..., channel // 4] >> 8 * (channel % 4) & 0xFF
+        value = ((level + code) * factor + centroid).astype(np.float32)
+        bits = torch.from_numpy(value).bfloat16().view(torch.int16).numpy()
+        channels.append(_tensor(bits.view(np.uint16), tl.bfloat16))
+    return tuple(channels)
+
+
+def _copied(asm: str, inputs: list[Any]) -> Any:
+    """Copies to shared memory, which are there once they were waited for."""
+    if "cp.async.cg" in asm:
+        for to, source in zip(inputs[0].handle.data.flat, inputs[1].handle.data.flat, strict=True):
+            COPIES.append((to // 4, np.ctypeslib.as_array((ctypes.c_uint32 * 4).from_address(int(source)))))
+    elif "cp.async.wait_all" in asm:
+        for word, values in COPIES:
+            SHARED[word : word + 4] = values
+        COPIES.clear()
+    else:
+        assert "global_smem" in asm, asm
+        if "trap" in asm:  # a program begins
+            SHARED[:] = 0xFFFFFFFF
+        return tl.to_tensor(0)
+    return inputs[0]
 
 
 def interpreted(*paths: Path) -> types.ModuleType:

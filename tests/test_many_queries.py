@@ -13,7 +13,7 @@ from qvg_paged.kernels import direct_path, many_queries
 from qvg_paged.kernels.attention import AttentionPath, paged_attention
 from qvg_paged.kernels.block_table import BlockTable
 from qvg_paged.kernels.direct_path import partial_nbytes
-from qvg_paged.kernels.formats import DENSE, FORMATS
+from qvg_paged.kernels.formats import DENSE, FORMATS, PageFormat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,6 +31,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = interpreted(folder / "_page_ring_gluon.py", folder / "_many_queries_gluon.py")
     monkeypatch.setitem(sys.modules, "qvg_paged.kernels._many_queries_gluon", kernel)
     monkeypatch.setattr(direct_path, "has_wgmma", lambda _: True)
+    monkeypatch.setattr(direct_path, "FEWEST_ROWS", 1)
 
 
 def direct(
@@ -52,13 +53,21 @@ def direct(
         ("qvg4-int2", 1, 1, 33),
     ],
 )
-def test_decoding_beside_attending_attends_as_well_as_pytorch(
-    name: str, tokens: int, group: int, queries: int
-) -> None:
+def test_decoding_beside_attending_attends_as_well_as_pytorch(name: str, tokens: int, group: int, queries: int) -> None:
     case = build_case([FORMATS[name]], [[0, 0]], tokens=tokens, heads=1, head_dim=128, dtype=torch.bfloat16)
     q = torch.randn(queries, group, 128, dtype=torch.bfloat16)
     out, lse = direct(q, case, [0, queries])
     case.check(q, [0, queries], out, lse, 128**-0.5)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_keys_and_values_may_have_levels_and_codebooks_of_their_own() -> None:
+    value = replace(FORMATS["qvg-int2"].value, num_centroids=3)
+    fmt = PageFormat(name="mixed", key=FORMATS["qvg4-int2"].key, value=value)
+    case = build_case([fmt], [[0, 0]], tokens=90, heads=2, head_dim=128, dtype=torch.bfloat16)
+    q = torch.randn(40, 2, 128, dtype=torch.bfloat16)
+    out, lse = direct(q, case, [0, 40])
+    case.check(q, [0, 40], out, lse, 128**-0.5)
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -76,7 +85,8 @@ def test_a_ragged_batch_with_two_formats_and_codebooks_that_change_is_attended()
 @pytest.mark.parametrize("most", [1, 3, None])
 def test_shares_are_as_many_as_there_is_memory_for_their_results(most: int | None) -> None:
     case = build_case([FORMATS["qvg-int2"]], [[0] * 12, [0] * 4], tokens=300, heads=1, head_dim=128)
-    work = many_queries.many_shares(case.table, 0, case.layouts[0], (0, 20, 50), range(2), 1, 64, 100, most)
+    work, rows = many_queries.many_shares(case.table, 0, case.layouts[0], (0, 20, 50), range(2), 1, 30, 100, most)
+    assert rows == (128 if most == 1 else 64)
     assert work.slots <= (most or 100)
     assert most is not None or work.slots > 3
     keys: dict[int, int] = {}
@@ -85,7 +95,10 @@ def test_shares_are_as_many_as_there_is_memory_for_their_results(most: int | Non
     assert keys == {0: 12 * 5, 20: 4 * 5}
 
 
-@pytest.mark.parametrize(("rows", "block"), [(17, 64), (64, 64), (65, 128), (128, 128), (129, 192), (4680, 192)])
+@pytest.mark.parametrize(
+    ("rows", "block"),
+    [(17, 64), (64, 64), (65, 128), (128, 128), (129, 192), (192, 192), (256, 128), (257, 192), (4680, 192)],
+)
 def test_a_program_has_a_block_of_rows_for_each_of_its_warpgroups(rows: int, block: int) -> None:
     assert many_queries.block_rows(rows) == block
     assert block // 64 in many_queries.LAUNCHES
@@ -100,10 +113,10 @@ def test_a_kernel_that_does_not_compile_is_given_up_once_and_said_so(monkeypatch
     monkeypatch.setattr(direct_path, "reads_many_queries", lambda *_: True)
     monkeypatch.setattr(direct_path, "many_queries_attention", fail)
     case = build_case([FORMATS["qvg4-int2"]], [[0, 0]], tokens=12)
-    q = torch.randn(20, 2, 64)
+    q = torch.randn(40, 2, 64)
     with pytest.warns(RuntimeWarning, match="slower kernel on cpu.*PassManager"):
-        out, lse = direct(q, case, [0, 20])
-    case.check(q, [0, 20], out, lse, 0.125)
+        out, lse = direct(q, case, [0, 40])
+    case.check(q, [0, 40], out, lse, 0.125)
 
 
 @pytest.mark.gpu
@@ -111,7 +124,7 @@ def test_a_kernel_that_does_not_compile_is_given_up_once_and_said_so(monkeypatch
     ("tokens", "cu", "group"),
     [
         (1560, [0, 333, 400, 2000], 1),
-        (1560, [0, 17], 1),
+        (1560, [0, 33], 1),
         (300, [0, 64, 80], 3),
         (300, [0, 128, 128, 140], 1),
         (47, [0, 64], 1),
