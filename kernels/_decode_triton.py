@@ -23,27 +23,61 @@ DECODE = {"R": 16, "H": 4, "num_warps": 4}
 PAIRED = {"R": 8, "H": 6, "num_warps": 4, "maxnreg": 96}
 """Rows of the `codes` plane and heads per program, with 128 channels a head; where both members of an interleaved pair
 are written together, rows are fewer, and heads share cosines and sines."""
+NARROW_WARPS = 16
+"""Of a program that shares its multiprocessor with no other."""
 BIAS = 0x4B000000
 """2**23 as the bits of a float32."""
 
 
-@triton.jit(do_not_specialize=[*ANYWHERE, "bias"])
+@triton.jit(do_not_specialize=[*ANYWHERE, "bias", "columns"])
 def _decode_kernel(
     out_ptr, other_ptr, buffer_ptr, pages_ptr, codebooks_ptr, cos_frame_ptr, sin_frame_ptr, cos_space_ptr,
     sin_space_ptr, part_offset, book_offset, other_part_offset, other_book_offset, scales_offset, ids_offset,
     book_scales_offset, balance_offset, tokens, heads, num_centroids, rows, row_blocks, stride_token, stride_head,
-    other_stride_token, other_stride_head, bias, D: tl.constexpr, B: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
-    BITS: tl.constexpr, TILE: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-    FP8: tl.constexpr, BALANCED: tl.constexpr, SPLIT: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BOTH: tl.constexpr, UNIT: tl.constexpr,
+    other_stride_token, other_stride_head, bias, columns, D: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
+    H: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr,
+    STAGES: tl.constexpr, FP8: tl.constexpr, BALANCED: tl.constexpr, SPLIT: tl.constexpr, ROPE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BOTH: tl.constexpr, UNIT: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """The part at `part_offset`; if `BOTH`, programs with a third number read the other one, as it is stored."""
-    page, first_head = tl.program_id(0) // row_blocks, tl.program_id(1) * H
-    first_row = (tl.program_id(0) % row_blocks) * R
+    """Blocks of `columns` by heads, of both parts if `BOTH`: a program each, or if `NARROW` all by a few programs."""
+    if NARROW:
+        groups = tl.cdiv(heads, H)
+        for item in range(tl.program_id(0), columns * groups * (1 + BOTH), tl.num_programs(0)):
+            _decode_block(
+                item % columns, item // columns % groups, item // columns // groups, out_ptr, other_ptr, buffer_ptr,
+                pages_ptr, codebooks_ptr, cos_frame_ptr, sin_frame_ptr, cos_space_ptr, sin_space_ptr, part_offset,
+                book_offset, other_part_offset, other_book_offset, scales_offset, ids_offset, book_scales_offset,
+                balance_offset, tokens, heads, num_centroids, rows, row_blocks, stride_token, stride_head,
+                other_stride_token, other_stride_head, bias, D, B, R, H, BITS, TILE, TOP, STEP, STAGES, FP8, BALANCED,
+                SPLIT, ROPE, INTERLEAVED, BOTH, UNIT,
+            )  # fmt: skip
+    else:
+        _decode_block(
+            tl.program_id(0), tl.program_id(1), tl.program_id(2), out_ptr, other_ptr, buffer_ptr, pages_ptr,
+            codebooks_ptr, cos_frame_ptr, sin_frame_ptr, cos_space_ptr, sin_space_ptr, part_offset, book_offset,
+            other_part_offset, other_book_offset, scales_offset, ids_offset, book_scales_offset, balance_offset, tokens,
+            heads, num_centroids, rows, row_blocks, stride_token, stride_head, other_stride_token, other_stride_head,
+            bias, D, B, R, H, BITS, TILE, TOP, STEP, STAGES, FP8, BALANCED, SPLIT, ROPE, INTERLEAVED, BOTH, UNIT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _decode_block(
+    column, group, which, out_ptr, other_ptr, buffer_ptr, pages_ptr, codebooks_ptr, cos_frame_ptr, sin_frame_ptr,
+    cos_space_ptr, sin_space_ptr, part_offset, book_offset, other_part_offset, other_book_offset, scales_offset,
+    ids_offset, book_scales_offset, balance_offset, tokens, heads, num_centroids, rows, row_blocks, stride_token,
+    stride_head, other_stride_token, other_stride_head, bias, D: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
+    H: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr,
+    STAGES: tl.constexpr, FP8: tl.constexpr, BALANCED: tl.constexpr, SPLIT: tl.constexpr, ROPE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BOTH: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The part at `part_offset`; if `BOTH` and `which` is 1 the other one, as it is stored."""
+    page, first_head = column // row_blocks, group * H
+    first_row = (column % row_blocks) * R
     unit, book_unit = tl.load(pages_ptr + page).to(tl.int64) * UNIT, 0
     if (STAGES > 0) | BALANCED:
         book_unit = tl.load(codebooks_ptr + page).to(tl.int64) * UNIT
-    if BOTH and tl.program_id(2) == 1:
+    if BOTH and which == 1:
         _decode_rows(
             other_ptr, buffer_ptr, unit + other_part_offset, book_unit + other_book_offset,
             cos_frame_ptr, sin_frame_ptr, cos_space_ptr, sin_space_ptr, page, first_row, first_head, scales_offset,
@@ -180,6 +214,7 @@ def decode_both(
     outs: tuple[torch.Tensor, torch.Tensor],
     rope: RoPETables | None,
     rope_layout: RoPELayout,
+    narrow: int = 0,
 ) -> None:
     """Read K and V in one launch.
 
@@ -188,11 +223,14 @@ def decode_both(
         layout: K's part, quantised; V's differs in nothing but its channels, which are in order.
         offsets: of K's part in a page and in a codebook, then V's.
         outs: K and V, of one dtype.
+        narrow: so many programs of `NARROW_WARPS` warps, each filling a multiprocessor, do it; 0 for one a block.
     """
     check_power_of_two(layout.head_dim)
     interleaved = _interleaved(layout, rope, rope_layout)
     tables = (outs[0],) * 4 if rope is None else rope.wide
-    _launch(buffer, pages, codebooks, layout, offsets, outs, rope is not None, interleaved, tables, both=True)
+    _launch(
+        buffer, pages, codebooks, layout, offsets, outs, rope is not None, interleaved, tables, both=True, narrow=narrow
+    )  # fmt: skip
 
 
 def _interleaved(layout: PartLayout, rope: RoPETables | None, rope_layout: RoPELayout) -> bool:
@@ -212,20 +250,26 @@ def _launch(
     tables: tuple[torch.Tensor, ...],
     *,
     both: bool,
+    narrow: int = 0,
 ) -> None:
     codec, dim = layout.codec, layout.head_dim
     planes = {plane.name: plane.offset for plane in layout.planes + layout.codebook_planes}
     shape = dict(PAIRED if interleaved else DECODE)
+    if narrow:
+        shape["R"] *= NARROW_WARPS // shape["num_warps"]
+        shape["num_warps"] = NARROW_WARPS
     block, together = min(64, max(1, shape.pop("R") * 128 // dim)), min(shape.pop("H"), layout.heads)
     rows = code_rows(layout.tokens, codec.grid.bits)
     blocks, groups = cdiv(rows, block), cdiv(layout.heads, together)
+    grid = (narrow,) if narrow else (blocks * len(pages), groups, 1 + both)
     launch(
-        _decode_kernel, (blocks * len(pages), groups, 1 + both), *outs, buffer, pages.contiguous(),
+        _decode_kernel, grid, *outs, buffer, pages.contiguous(),
         codebooks.contiguous(), *tables, *offsets, planes["scales"],
         planes.get("ids", 0), planes.get("centroid_scales", 0), planes.get("balance", 0), layout.tokens, layout.heads,
-        layout.num_centroids, rows, blocks, *outs[0].stride()[:2], *outs[1].stride()[:2], BIAS, D=dim,
+        layout.num_centroids, rows, blocks, *outs[0].stride()[:2], *outs[1].stride()[:2], BIAS,
+        blocks * len(pages), D=dim,
         B=codec.block_size, R=block, H=together, BITS=codec.grid.bits, TILE=TILE_TOKENS, TOP=codec.grid.max_level,
         STEP=codec.grid.step, STAGES=codec.stages, FP8=codec.centroid_type is CentroidType.FP8 and codec.stages > 0,
         BALANCED=codec.balanced, SPLIT=layout.split_pairs, ROPE=turned, INTERLEAVED=interleaved, BOTH=both,
-        UNIT=GRANULE, **shape, enable_fp_fusion=False,
+        UNIT=GRANULE, NARROW=narrow > 0, **shape, enable_fp_fusion=False,
     )  # fmt: skip

@@ -70,6 +70,7 @@ def decode_layer(
     *,
     rope: RoPETables | None = None,
     rope_layout: RoPELayout = RoPELayout.INTERLEAVED,
+    narrow: int = 0,
     backend: Backend = Backend.AUTO,
 ) -> None:
     """Read K and V of one layer of several pages; on a GPU in one launch if the format stores them alike.
@@ -80,6 +81,7 @@ def decode_layer(
         layer: 0 to ``num_layers - 1``.
         keys, values: ``[n * tokens, heads, head_dim]``, written, as `out` of `decode_pages`.
         rope: tables for the keys; None leaves them as stored.
+        narrow: that launch leaves all multiprocessors but so many to others, if not 0.
 
     Raises:
         ArgumentError: an argument does not fit; nothing was written.
@@ -99,7 +101,8 @@ def decode_layer(
     run = _reader(uses_triton(backend, buffer.device))
     with kernel_scope(buffer.device):
         if layout.is_uniform and not layout.format.is_dense and keys.dtype == values.dtype:
-            run.decode_both(buffer, pages, codebooks, layout.key, offsets, (keys, values), rope, rope_layout)
+            given = (buffer, pages, codebooks, layout.key, offsets, (keys, values), rope, rope_layout)
+            run.decode_both(*given, narrow)
         else:
             run.decode_pages(buffer, pages, codebooks, layout.key, *offsets[:2], keys, rope, rope_layout)
             run.decode_pages(buffer, pages, codebooks, layout.value, *offsets[2:], values, None, rope_layout)

@@ -2,7 +2,7 @@
 
 import torch
 
-__all__ = ["dense_attention", "fold_queries", "unfold_queries"]
+__all__ = ["CUDNN_QUERIES", "dense_attention", "fold_queries", "unfold_queries"]
 
 CUDNN_QUERIES = 512
 """From this many query rows on cuDNN outruns FlashAttention-2 on an H200; far below it is five times slower."""

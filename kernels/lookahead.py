@@ -13,8 +13,9 @@ import torch
 __all__ = ["Lookahead", "Step", "staged"]
 
 
-PRIORITY = 0
-"""As that of a caller's stream: what was launched before it, attention, takes the machine first."""
+AFTER, BEFORE = 0, -1
+"""Priorities of a side stream: as a caller's stream, whose attention was launched before and takes the machine first;
+or before that, where decoding takes few multiprocessors and attention would leave none to whoever comes later."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,20 @@ class Step:
 
 
 class _Side:
-    """A stream beside a caller's one, and the two events that order them; waiting for a later record is as good."""
+    """A stream beside a caller's one, and the events that order them; waiting for a later record is as good."""
 
-    def __init__(self, device: torch.device, main: torch.cuda.Stream) -> None:
+    def __init__(self, device: torch.device, main: torch.cuda.Stream, priority: int) -> None:
         self.main = main
-        self.stream = torch.cuda.Stream(device, priority=PRIORITY)
+        self.stream = torch.cuda.Stream(device, priority=priority)
+        self.begun = torch.cuda.Event()
         self.ready = torch.cuda.Event()
         self.attended = torch.cuda.Event()
 
 
 @lru_cache
-def _beside(device: torch.device, main: torch.cuda.Stream) -> _Side:
+def _beside(device: torch.device, main: torch.cuda.Stream, priority: int) -> _Side:
     """The one beside a caller's stream; if it were shared, a graph would capture what other callers launch."""
-    return _Side(device, main)
+    return _Side(device, main, priority)
 
 
 class Lookahead:
@@ -99,6 +101,7 @@ def staged(
     device: torch.device,
     *,
     ahead: bool,
+    first: bool = False,
     lookahead: Lookahead | None = None,
     follow: Step | None = None,
 ) -> Generator[tuple[int, int], None, None]:
@@ -114,6 +117,7 @@ def staged(
         steps: what to decode; with a lookahead, the first may have been decoded already.
         device: where it runs.
         ahead: use the side stream.
+        first: step i + 1 is launched before what the caller launches for step i, and is on the machine before that.
         lookahead: kept between calls.
         follow: what the next call will decode first, if it is known; needs a lookahead, which settles it.
     """
@@ -126,25 +130,32 @@ def staged(
             yield i, 0
         return
     main = torch.cuda.current_stream(device)
-    side = _beside(device, main)
+    side = _beside(device, main, BEFORE if first else AFTER)
     claimed = lookahead._claim(steps[0], side) if lookahead is not None else None
-    first = claimed or 0
+    begin = claimed or 0
     side.attended.record(main)
     every = [*steps, follow] if follow is not None else steps
 
     def launch(i: int) -> None:
         side.stream.wait_event(side.attended)
-        every[i].decode((first + i) % 2, side.stream)
+        if first:
+            side.begun.record(side.stream)
+        every[i].decode((begin + i) % 2, side.stream)
         side.ready.record(side.stream)
 
     try:
-        if claimed is None:
+        if claimed is None and first:  # nothing runs beside it
+            steps[0].decode(begin, None)
+        elif claimed is None:
             launch(0)
         for i in range(len(steps)):
             main.wait_event(side.ready)
-            steps[i].complete((first + i) % 2)
-            yield i, (first + i) % 2
-            if i + 1 < len(every):
+            steps[i].complete((begin + i) % 2)
+            if first and i + 1 < len(every):
+                launch(i + 1)
+                main.wait_event(side.begun)
+            yield i, (begin + i) % 2
+            if not first and i + 1 < len(every):
                 launch(i + 1)
             if i + 1 < len(steps):
                 side.attended.record(main)
@@ -152,4 +163,4 @@ def staged(
         main.wait_stream(side.stream)
         raise
     if lookahead is not None and follow is not None:
-        lookahead._keep((follow, side, (first + len(steps)) % 2))
+        lookahead._keep((follow, side, (begin + len(steps)) % 2))

@@ -170,6 +170,7 @@ def decode_both(
     outs: tuple[torch.Tensor, torch.Tensor],
     rope: RoPETables | None,
     rope_layout: RoPELayout,
+    narrow: int = 0,  # noqa: ARG001 - of the launch
 ) -> None:
     """Read K, then V; arguments as in `qvg_paged.kernels._decode_triton.decode_both`."""
     decode_pages(buffer, pages, codebooks, layout, *offsets[:2], outs[0], rope, rope_layout)

@@ -64,7 +64,7 @@ def staged_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     scratch, memory = workspace[: plan.scratch], workspace[plan.scratch :]
-    decoder = Decoder(buffer, layouts, rope, q.dtype, scratch, plan.halves, plan.capacity, plan.widest)
+    decoder = Decoder(buffer, layouts, rope, q.dtype, scratch, plan.halves, plan.capacity, plan.widest, plan.narrow)
     queries = _Fp8Queries(q, cu_seqlens_q, decoder)
     batches = [
         _Batch(q, cohort, cu_seqlens_q, decoder, queries, softmax_scale, memory, plan.running, out, lse)
@@ -77,7 +77,8 @@ def staged_attention(
     work = [(batch, piece) for batch in batches for piece in batch.slices]
     steps = [decoder.step(piece, layer, written=i > 0) for i, (_, piece) in enumerate(work)]
     follow = _follow(work, decoder, layer, (id(table), cu_seqlens_q, fp8), lookahead)
-    with closing(staged(steps, q.device, ahead=plan.halves, lookahead=lookahead, follow=follow)) as turns:
+    ahead, first = plan.halves, plan.narrow > 0
+    with closing(staged(steps, q.device, ahead=ahead, first=first, lookahead=lookahead, follow=follow)) as turns:
         for i, half in turns:
             batch, piece = work[i]
             batch.attend(piece, half)

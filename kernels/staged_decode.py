@@ -40,6 +40,7 @@ class Decoder:
         halves: slices take the halves of the scratch in turns; otherwise all of it.
         capacity: pages of the scratch, if slices take its two ends in turns instead, where they may overlap; else 0.
         widest: most pages of a slice.
+        narrow: multiprocessors that decoding on a side stream takes, if not 0.
     """
 
     buffer: torch.Tensor
@@ -50,6 +51,7 @@ class Decoder:
     halves: bool
     capacity: int = 0
     widest: int = 0
+    narrow: int = 0
 
     def step(self, piece: Slice, layer: int, *, written: bool = True) -> Step:
         """Decoding of `layer` of a slice; unless it is `written`, its unquantised pages are left to the end."""
@@ -112,7 +114,8 @@ class Decoder:
         from qvg_paged.kernels.launch import recorded  # noqa: PLC0415 - triton is only loaded where it is used
 
         where = (self.buffer.data_ptr(), self.scratch.data_ptr(), self.scratch.numel(), self.dtype)
-        key = (layer, half, ranges, *where)
+        narrow = 0 if stream is None else self.narrow
+        key = (layer, half, ranges, narrow, *where)
         launches = piece.launches.get(key)
         if launches is not None:
             raw = (torch.cuda.current_stream(self.buffer.device) if stream is None else stream).cuda_stream
@@ -120,10 +123,10 @@ class Decoder:
                 repeat(raw)
             return
         with nullcontext() if stream is None else torch.cuda.stream(stream), recorded() as launches:
-            self._launch(piece, layer, half, ranges)
+            self._launch(piece, layer, half, ranges, narrow)
         piece.launches[key] = launches
 
-    def _launch(self, piece: Slice, layer: int, half: int, ranges: tuple[range, ...]) -> None:
+    def _launch(self, piece: Slice, layer: int, half: int, ranges: tuple[range, ...], narrow: int = 0) -> None:
         rope_layout = RoPELayout.INTERLEAVED if self.rope is None else self.rope.layout
         if piece.fp8:
             scratch = self.fp8(piece, half)
@@ -135,5 +138,5 @@ class Decoder:
             tokens = slice(begin * layout.key.tokens, (begin + run.count) * layout.key.tokens)
             decode_layer(
                 self.buffer, run.pages, run.codebooks, layout, layer, keys[tokens], values[tokens], rope=run.rope,
-                rope_layout=rope_layout,
+                rope_layout=rope_layout, narrow=narrow,
             )  # fmt: skip

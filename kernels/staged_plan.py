@@ -8,6 +8,7 @@ import torch
 
 from qvg_paged.kernels import fp8_attention, staged_decode
 from qvg_paged.kernels.block_table import BlockTable
+from qvg_paged.kernels.dense_attention import CUDNN_QUERIES
 from qvg_paged.kernels.errors import ArgumentError
 from qvg_paged.kernels.layout import GRANULE, PageLayout, PartLayout, align
 from qvg_paged.kernels.partials import PENDING, slot_nbytes
@@ -36,6 +37,7 @@ class Plan:
         halves: slices take the halves of the scratch in turns, so that one is decoded while another is attended to.
         capacity: slices take the two ends of a scratch of so many pages in turns instead, if not 0.
         running: what follows the scratch begins with room for a running output.
+        narrow: multiprocessors that dense kernels need one wave less than the others, to decode on; 0 if too few.
     """
 
     cohorts: tuple[Cohort, ...]
@@ -43,11 +45,18 @@ class Plan:
     halves: bool = False
     capacity: int = 0
     running: bool = True
+    narrow: int = 0
 
     @property
     def widest(self) -> int:
         """Most pages of a slice."""
         return max((piece.count for cohort in self.cohorts for piece in cohort.slices), default=0)
+
+
+CUDNN_TILE = 128
+"""Query rows of a tile of cuDNN, whose programs take tile after tile, one program a multiprocessor."""
+SPARE_PER_HEAD = 2
+"""Decoding some keys of a head takes so many multiprocessors as long as attention to them takes for a tile."""
 
 
 def make_plan(
@@ -94,7 +103,8 @@ def make_plan(
             capacity = max(0, scratch) // page_nbytes
             if capacity > 1:
                 room = Room(capacity // 2, capacity=capacity)
-                plan = Plan(cut(room, batched), scratch, True, capacity, running=running > 0)
+                narrow = _spare(q, cu_queries, part) if all(layouts[f].is_uniform for f in table.groups) else 0
+                plan = Plan(cut(room, batched), scratch, True, capacity, running > 0, 0 if batched else narrow)
                 if running or all(_merged_at_once(cohort, q, cu_queries, part) for cohort in plan.cohorts):
                     return plan
     if nbytes >= page_nbytes:
@@ -113,6 +123,16 @@ def make_plan(
 def _together(device: torch.device) -> bool:
     """Whether equal sequences go through one call, and decoding runs ahead."""
     return device.type == "cuda"
+
+
+def _spare(q: torch.Tensor, cu_queries: tuple[int, ...], part: PartLayout) -> int:
+    """Multiprocessors that have a tile less than the others to attend to, if decoding is done in its time there."""
+    if q.device.type != "cuda" or part.head_dim != CUDNN_TILE:
+        return 0
+    group, count = q.shape[1] // part.heads, torch.cuda.get_device_properties(q.device).multi_processor_count
+    rows = [(end - begin) * group for begin, end in pairwise(cu_queries) if end > begin]
+    spare = min((-(-n // CUDNN_TILE) * -part.heads % count for n in rows), default=0)
+    return spare if min(rows, default=0) >= CUDNN_QUERIES and spare >= SPARE_PER_HEAD * part.heads else 0
 
 
 def _dense(table: BlockTable, layouts: Sequence[PageLayout]) -> frozenset[int]:

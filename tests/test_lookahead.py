@@ -112,6 +112,29 @@ def test_a_half_is_decoded_ahead_and_only_behind_the_attention_that_read_it(cuda
     assert {f"decode {i}" for i in range(5)} <= main.behind
 
 
+def test_what_must_be_on_the_machine_first_has_begun_before_the_attention_beside_it(cuda: FakeCuda) -> None:
+    main, halves, lookahead = cuda.current, Halves(), Lookahead()
+    names = ["0", "1", "2"]
+
+    def step(name: str) -> Step:
+        def decode(half: int, stream: FakeStream | None) -> None:
+            halves.held[half] = name
+            halves.seen[name] = (main if stream is None else stream).launch(f"decode {name}")
+
+        return Step(name, decode, lambda _: main.launch(f"complete {name}"))  # type: ignore[arg-type]
+
+    for call in range(2):
+        steps = [step(name) for name in names]
+        for i, half in staged(steps, DEVICE, ahead=True, first=True, lookahead=lookahead, follow=step("0")):
+            assert halves.held[half] == names[i]
+            following = names[(i + 1) % 3]
+            assert following in halves.seen
+            assert f"attend {i}" not in halves.seen[following] or call
+            assert {f"decode {i}", f"complete {i}"} <= main.launch(f"attend {i}")
+    assert "attend 1" in halves.seen["0"]
+    assert "attend 2" in main.behind
+
+
 @pytest.mark.parametrize("attended", [0, 1, 2])
 def test_what_was_decoded_is_waited_for_when_an_attention_fails(cuda: FakeCuda, attended: int) -> None:
     main, halves = cuda.current, Halves()
