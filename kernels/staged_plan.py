@@ -37,7 +37,7 @@ class Plan:
         halves: slices take the halves of the scratch in turns, so that one is decoded while another is attended to.
         capacity: slices take the two ends of a scratch of so many pages in turns instead, if not 0.
         running: what follows the scratch begins with room for a running output.
-        narrow: multiprocessors that dense kernels need one wave less than the others, to decode on; 0 if too few.
+        narrow: multiprocessors to decode on, of those that have a tile less to attend to; 0 if these are too few.
     """
 
     cohorts: tuple[Cohort, ...]
@@ -55,7 +55,7 @@ class Plan:
 
 CUDNN_TILE = 128
 """Query rows of a tile of cuDNN, whose programs take tile after tile, one program a multiprocessor."""
-SPARE_PER_HEAD = 2
+SPARE_PER_HEAD = 1.8
 """Decoding some keys of a head takes so many multiprocessors as long as attention to them takes for a tile."""
 
 
@@ -104,7 +104,8 @@ def make_plan(
             if capacity > 1:
                 room = Room(capacity // 2, capacity=capacity)
                 narrow = _spare(q, cu_queries, part) if all(layouts[f].is_uniform for f in table.groups) else 0
-                plan = Plan(cut(room, batched), scratch, True, capacity, running > 0, 0 if batched else narrow)
+                narrow = narrow if len(rows) == len(longest) or not batched else 0
+                plan = Plan(cut(room, batched), scratch, True, capacity, running > 0, narrow)
                 if running or all(_merged_at_once(cohort, q, cu_queries, part) for cohort in plan.cohorts):
                     return plan
     if nbytes >= page_nbytes:
@@ -126,13 +127,13 @@ def _together(device: torch.device) -> bool:
 
 
 def _spare(q: torch.Tensor, cu_queries: tuple[int, ...], part: PartLayout) -> int:
-    """Multiprocessors that have a tile less than the others to attend to, if decoding is done in its time there."""
+    """Half of the multiprocessors that have a tile less than the others to attend to; 0 if decoding takes longer."""
     if q.device.type != "cuda" or part.head_dim != CUDNN_TILE:
         return 0
     group, count = q.shape[1] // part.heads, torch.cuda.get_device_properties(q.device).multi_processor_count
     rows = [(end - begin) * group for begin, end in pairwise(cu_queries) if end > begin]
     spare = min((-(-n // CUDNN_TILE) * -part.heads % count for n in rows), default=0)
-    return spare if min(rows, default=0) >= CUDNN_QUERIES and spare >= SPARE_PER_HEAD * part.heads else 0
+    return spare // 2 if min(rows, default=0) >= CUDNN_QUERIES and spare >= SPARE_PER_HEAD * part.heads else 0
 
 
 def _dense(table: BlockTable, layouts: Sequence[PageLayout]) -> frozenset[int]:

@@ -95,7 +95,8 @@ def _attend(cache: KVCacheManager, streams: Sequence[Stream], frames: int, toget
     chunks = cache.begin_chunks(streams, frames)
     for some in (*([chunk] for chunk in chunks), chunks[:together]):
         q, k, v = _tensors(cache, sum(chunk.num_tokens for chunk in some))
-        cache.attend(0, some, q, k, v)
+        for _ in range(2):  # the second call decodes ahead for a third
+            cache.attend(0, some, q, k, v)
     cache.commit(chunks)
 
 
