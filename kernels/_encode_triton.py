@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qvg_paged.kernels._block_pieces_triton import read_blocks, store_blocks
 from qvg_paged.kernels._quantise_triton import quantise, quantise_constants
 from qvg_paged.kernels._span_plan import cdiv
 from qvg_paged.kernels._tokens_triton import COUNTS, RowGroup, SpanTokens, check_power_of_two
@@ -54,99 +55,6 @@ class SpanPlaces:
         return sum(int(layout.split_pairs) << number for number, layout in enumerate(self.layouts))
 
 
-@triton.jit
-def _read_piece(
-    x_ptr, inverse_ptr, ids_ptr, centroids_ptr, token, inside, channel, row, rows, span_tokens, num_centroids,
-    token_stride, D: tl.constexpr, STAGES: tl.constexpr, BALANCED: tl.constexpr,
-):  # fmt: skip
-    """What is left of some channels ``[1, blocks, channels]`` of a frame's tokens ``[R, 1, 1]``, as `read_tokens`."""
-    x = tl.load(x_ptr + token.to(tl.int64) * token_stride + channel, mask=inside, other=0.0)
-    dtype = x.dtype
-    if BALANCED:
-        x = (x.to(tl.float32) * tl.load(inverse_ptr + row * D + channel)).to(dtype)
-    for stage in tl.static_range(STAGES):
-        source = ids_ptr + (stage * rows + row).to(tl.int64) * span_tokens + token
-        chosen = tl.load(source, mask=inside, other=0).to(tl.int32)
-        at = ((stage * rows + row) * num_centroids + chosen) * D
-        centroid = tl.load(centroids_ptr + at + channel, mask=inside, other=0.0)
-        x = (x.to(tl.float32) - centroid.to(tl.float32)).to(dtype)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def _read_blocks(
-    x_ptr, inverse_ptr, ids_ptr, centroids_ptr, token, inside, row, rows, span_tokens, num_centroids, token_stride,
-    D: tl.constexpr, B: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, BALANCED: tl.constexpr,
-):  # fmt: skip
-    """What is left of the blocks of a frame's tokens ``[R]``, ``[R, blocks, B]``, `W` pieces of a block in a thread.
-
-    Fewer threads then share a block, and what is done once per thread and block is done less often. Of the last axis,
-    piece `w` has every `W`-th place from `w` on.
-    """
-    C: tl.constexpr = B // W
-    token, inside = token[:, None, None], inside[:, None, None]
-    channel = (tl.arange(0, D // B) * B)[None, :, None] + tl.arange(0, C)[None, None, :]
-    x = _read_piece(
-        x_ptr, inverse_ptr, ids_ptr, centroids_ptr, token, inside, channel, row, rows, span_tokens, num_centroids,
-        token_stride, D, STAGES, BALANCED,
-    )  # fmt: skip
-    if W > 1:
-        second = _read_piece(
-            x_ptr, inverse_ptr, ids_ptr, centroids_ptr, token, inside, channel + C, row, rows, span_tokens,
-            num_centroids, token_stride, D, STAGES, BALANCED,
-        )  # fmt: skip
-        if W == 4:
-            third = _read_piece(
-                x_ptr, inverse_ptr, ids_ptr, centroids_ptr, token, inside, channel + 2 * C, row, rows, span_tokens,
-                num_centroids, token_stride, D, STAGES, BALANCED,
-            )  # fmt: skip
-            fourth = _read_piece(
-                x_ptr, inverse_ptr, ids_ptr, centroids_ptr, token, inside, channel + 3 * C, row, rows, span_tokens,
-                num_centroids, token_stride, D, STAGES, BALANCED,
-            )  # fmt: skip
-            x, second = tl.join(x, third), tl.join(second, fourth)
-        x = tl.reshape(tl.join(x, second), (token.shape[0], D // B, B))
-    return x
-
-
-@triton.jit
-def _store_piece(out_ptr, packed, inside, split, first, D: tl.constexpr):
-    """Store codes ``[R, blocks, C]`` of the channels from `first` ``[1, blocks, 1]`` on, in stored channel order."""
-    R: tl.constexpr = packed.shape[0]
-    blocks: tl.constexpr = packed.shape[1]
-    C: tl.constexpr = packed.shape[2]
-    if split != 0:
-        even, odd = tl.split(tl.reshape(packed, (R, blocks, C // 2, 2)))
-        pair = first // 2 + tl.arange(0, C // 2)[None, None, :]
-        tl.store(out_ptr + pair, even, mask=inside)
-        tl.store(out_ptr + D // 2 + pair, odd, mask=inside)
-    else:
-        tl.store(out_ptr + first + tl.arange(0, C)[None, None, :], packed, mask=inside)
-
-
-@triton.jit
-def _store_blocks(
-    out_ptr, packed, inside, split, R: tl.constexpr, D: tl.constexpr, B: tl.constexpr, W: tl.constexpr
-):  # fmt: skip
-    """Store codes in the order of `_read_blocks` at `out_ptr` ``[R, 1, 1]``."""
-    C: tl.constexpr = B // W
-    first = (tl.arange(0, D // B) * B)[None, :, None]
-    if W == 1:
-        _store_piece(out_ptr, packed, inside, split, first, D)
-    elif W == 2:
-        one, two = tl.split(tl.reshape(packed, (R, D // B, C, 2)))
-        _store_piece(out_ptr, one, inside, split, first, D)
-        _store_piece(out_ptr, two, inside, split, first + C, D)
-    else:
-        even, odd = tl.split(tl.reshape(packed, (R, D // B, C, 2, 2)))
-        one, three = tl.split(even)
-        two, four = tl.split(odd)
-        _store_piece(out_ptr, one, inside, split, first, D)
-        _store_piece(out_ptr, two, inside, split, first + C, D)
-        _store_piece(out_ptr, three, inside, split, first + 2 * C, D)
-        _store_piece(out_ptr, four, inside, split, first + 3 * C, D)
-
-
 @triton.jit(do_not_specialize=PACK_COUNTS)
 def _pack_kernel(
     buffer_ptr, parts_ptr, x_ptr, starts_ptr, inverse_ptr, ids_ptr, centroids_ptr, first_row, rows, heads, frames,
@@ -173,7 +81,7 @@ def _pack_kernel(
     for place in range(8 // BITS):
         inside = (place_row < stride) & (place_row + place * stride < size)
         token = tile * TILE + place_row + place * stride
-        x = _read_blocks(
+        x = read_blocks(
             x_ptr, inverse_ptr, frame_ids, centroids_ptr, token, inside, row, rows, span_tokens, num_centroids,
             token_stride, D, B, W, LEFT, BALANCED,
         )  # fmt: skip
@@ -190,7 +98,7 @@ def _pack_kernel(
             tl.store(part + ids_offset + (head * STAGES + stage) * frame_tokens + token, chosen, mask=inside)
     out_ptr = part + (head * code_rows + first_code_row + tl.arange(0, R)).to(tl.int64)[:, None, None] * D
     known = (place_row < stride)[:, None, None]
-    _store_blocks(out_ptr, packed.to(tl.uint8), known, (split >> tensor) & 1, R, D, B, W)
+    store_blocks(out_ptr, packed.to(tl.uint8), known, (split >> tensor) & 1, R, D, B, W)
     if (first_code_row == 0) & (head == 0):
         gap = tl.arange(0, 16)
         zero = tl.zeros((16,), tl.uint8)
