@@ -56,9 +56,12 @@ def sum_runs(frames: int, frame_tokens: int, run: int = SUM_TOKENS) -> int:
 
 
 def seen_stride(frames: int, frame_tokens: int, num_centroids: int) -> int:
-    """Of so many tokens of a frame one is looked at where a sample of the span will do; 1 if the span is short."""
+    """Of so many tokens of a frame one is looked at where a sample of the span will do; 1 if the span is short.
+
+    Without centroids all are: nothing then says how large a sample must be.
+    """
     each = frame_tokens // SEEN_STRIDE
-    enough = each >= SUM_TILE and frames * each >= SEEN_PER_CENTROID * num_centroids
+    enough = num_centroids > 0 and each >= SUM_TILE and frames * each >= SEEN_PER_CENTROID * num_centroids
     return SEEN_STRIDE if enough else 1
 
 

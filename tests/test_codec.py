@@ -239,6 +239,13 @@ def test_the_same_span_gives_the_same_bytes_wherever_it_lies(codec: Codec) -> No
     assert bool((pool[~touched] == 0xAB).all())
 
 
+def test_without_centroids_it_does_not_matter_how_a_span_is_cut_into_frames() -> None:
+    x = video_like(256, 1, 64)
+    codec = replace(QVG4, stages=0)
+    whole, cut = (decode_span(encode_span(x, codec, tokens_per_frame=n), torch.float32) for n in (256, 64))
+    assert torch.equal(whole, cut)
+
+
 def test_given_centroids_and_ids_are_stored_as_given() -> None:
     codec = replace(QVG_PRO, stages=2, num_centroids=6)
     x = video_like(40, 2, 64)
