@@ -10,8 +10,8 @@ from qvg_paged.kernels.layout import GRANULE
 __all__ = ["look"]
 
 BLOCK = 2048
-PROGRAMS = 1056
-"""Programs that share the words of a large stretch: eight for each multiprocessor of a Hopper GPU."""
+PROGRAMS = 528
+"""Programs that share the words of a large stretch: four for each multiprocessor of a Hopper GPU."""
 EXPONENTS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F807F80, torch.float16: 0x7C007C00}
 """Bits of a word of four bytes that are all set where a number in it is infinite or NaN."""
 
