@@ -10,7 +10,6 @@ CUDNN_QUERIES = 512
 """From this many query rows on cuDNN outruns FlashAttention-2 on an H200; far below it is five times slower."""
 
 
-
 @lru_cache
 def _widest_cudnn_head(device: torch.device) -> int:
     """Channels of the widest head that cuDNN attends: on Hopper 256, in half the time of FlashAttention-2."""
