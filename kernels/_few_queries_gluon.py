@@ -139,11 +139,16 @@ def _add_block(acc, sums, weights, even, odd, scales):
 
 @gluon.jit
 def _load_centroids(table, first, num_centroids, BLOCKS: gl.constexpr):
-    """A block of 16 rows of a codebook as operands ``[16 channels, 16]``."""
+    """The first and the last block of 16 rows of a codebook; past its end, of the last row."""
     row = first + gl.arange(0, 16, gl.SliceLayout(1, CENTROIDS))
     channel = gl.arange(0, BLOCK, gl.SliceLayout(0, CENTROIDS))
     row = gl.minimum(row, num_centroids - 1)
-    return row_operand(gl.load((table + channel)[None, :] + row[:, None] * (BLOCKS * BLOCK)))
+    at = (table + channel)[None, :] + row[:, None] * (BLOCKS * BLOCK)
+    rows_a = gl.load(at)
+    rows_b = rows_a
+    if BLOCKS == 2:
+        rows_b = gl.load(at + BLOCK)
+    return rows_a, rows_b
 
 
 @gluon.jit
@@ -164,21 +169,24 @@ def _keep(base, warp, top, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _add_centroids(
-    acc_a, acc_b, base, warp, centroids, num_centroids, UNIT_OUT: gl.constexpr, BLOCKS: gl.constexpr, ROWS: gl.constexpr
+    acc_a, acc_b, rows_a, rows_b, base, warp, centroids, num_centroids,
+    UNIT_OUT: gl.constexpr, BLOCKS: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Add every `WARPS`-th block of centroids, each times the weight it has gathered from all warps."""
+    """Add every `WARPS`-th block of centroids, the first one given, each times its weight of all warps."""
     LAYOUT: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     LINE: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     top = _reference(base, ROWS, LINE)
     for first in range(16 * warp, num_centroids, 16 * WARPS):
+        after_a, after_b = _load_centroids(centroids, first + 16 * WARPS, num_centroids, BLOCKS)
         weights = gl.zeros([16, ROWS], gl.float32, LAYOUT)
         for other in gl.static_range(WARPS):
             sums = base + (other + 1) * (1024 * ROWS)
             weights += weights_of(sums, first, ROWS, LAYOUT) * _keep(base, other, top, ROWS, LINE)[None, :]
         weights = (weights * (UNIT_OUT * 2.0 ** (3 - FRACTION_BITS))).to(gl.bfloat16)
-        acc_a = _add_tiles(acc_a, _load_centroids(centroids, first, num_centroids, BLOCKS), weights)
+        acc_a = _add_tiles(acc_a, row_operand(rows_a), weights)
         if BLOCKS == 2:
-            acc_b = _add_tiles(acc_b, _load_centroids(centroids + BLOCK, first, num_centroids, BLOCKS), weights)
+            acc_b = _add_tiles(acc_b, row_operand(rows_b), weights)
+        rows_a, rows_b = after_a, after_b
     return acc_a, acc_b
 
 
@@ -324,6 +332,9 @@ def few_queries_kernel(  # noqa: PLR0915 - one loop whose state stays in registe
         if BLOCKS == 2:
             acc_b, sums_b = _add_block(acc_b, sums_b, weights, even_b, odd_b, value_scales_b)
 
+    centroids = (buffer + (book + value_part.centroids)).to(gl.pointer_type(gl.bfloat16))
+    centroids += head * value_part.num_centroids * (BLOCKS * BLOCK)
+    rows_a, rows_b = _load_centroids(centroids, 16 * warp, value_part.num_centroids, BLOCKS)
     base = meet(base)
     write_floats(base + warp * (4 * ROWS) + row * 4, top)
     write_floats(base + (WARPS + warp) * (4 * ROWS) + row * 4, total)
@@ -333,10 +344,8 @@ def few_queries_kernel(  # noqa: PLR0915 - one loop whose state stays in registe
     acc_a, sums_a = _times(acc_a, spread), sums_a * spread
     if BLOCKS == 2:
         acc_b, sums_b = _times(acc_b, spread), sums_b * spread
-    centroids = (buffer + (book + value_part.centroids)).to(gl.pointer_type(gl.bfloat16))
-    centroids += head * value_part.num_centroids * (BLOCKS * BLOCK)
     acc_a, acc_b = _add_centroids(
-        acc_a, acc_b, base, warp, centroids, value_part.num_centroids, UNIT_OUT, BLOCKS, ROWS
+        acc_a, acc_b, rows_a, rows_b, base, warp, centroids, value_part.num_centroids, UNIT_OUT, BLOCKS, ROWS
     )  # fmt: skip
     base = meet(base)
     OFFSET: gl.constexpr = VALUE.offset / VALUE.step

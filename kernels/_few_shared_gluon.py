@@ -106,8 +106,8 @@ def stage(scores, table, num_centroids, ROWS: gl.constexpr):
 
 @gluon.jit
 def read_floats(at):
-    """Floats at addresses `at`, in its layout; written before warps met."""
-    return gl.inline_asm_elementwise(READ_FLOAT, "=f,r", [at], dtype=gl.float32, is_pure=False, pack=1)
+    """Floats at addresses `at`, which follow from what `meet` or `stage` returned after they were written."""
+    return gl.inline_asm_elementwise(READ_FLOAT, "=f,r", [at], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
