@@ -22,7 +22,6 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from qvg_paged.kernels._few_loads_gluon import TILE, load_keys, load_values
 from qvg_paged.kernels._few_operands_gluon import (
     BLOCK,
-    CENTROIDS,
     MMA,
     WARPS,
     as_ids,
@@ -30,21 +29,30 @@ from qvg_paged.kernels._few_operands_gluon import (
     columns,
     key_operand,
     pair_values,
-    row_operand,
     scaled_columns,
     value_operand,
+)
+from qvg_paged.kernels._few_outputs_gluon import (
+    add_centroids,
+    add_tiles,
+    hand_over,
+    highest_reference,
+    kept,
+    load_centroids,
+    store_outputs,
+    times,
 )
 from qvg_paged.kernels._few_shared_gluon import (
     FRACTION_BITS,
     SLACK,
     add_weights,
     allocate,
+    await_tables,
     meet,
     read_floats,
     rescale,
     stage,
     warp_number,
-    weights_of,
     write_floats,
 )
 
@@ -53,7 +61,6 @@ __all__ = ["few_queries_kernel"]
 ITEM = gl.constexpr(9)
 """Fields of a share, see `qvg_paged.kernels.few_queries.Shares`."""
 UNIT = gl.constexpr(256)
-LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
@@ -108,23 +115,10 @@ def _cut(scores, first, stride, inside, PLACE: gl.constexpr):
 
 
 @gluon.jit
-def _add_tiles(acc, tiles, weights):
-    return (
-        mma_v2(tiles[0], weights, acc[0]), mma_v2(tiles[1], weights, acc[1]),
-        mma_v2(tiles[2], weights, acc[2]), mma_v2(tiles[3], weights, acc[3]),
-    )  # fmt: skip
-
-
-@gluon.jit
-def _times(acc, factor):
-    return acc[0] * factor, acc[1] * factor, acc[2] * factor, acc[3] * factor
-
-
-@gluon.jit
 def _add_place(acc, sums, weights, paired, words, PLACE: gl.constexpr):
     scaled = scaled_columns(weights, words)
     ones = gl.full([16, 16], 4.0**PLACE * 2.0**-24, gl.float16, gl.DotOperandLayout(0, MMA, 2))
-    return _add_tiles(acc, value_operand(paired, PLACE), scaled), mma_v2(ones, scaled, sums)
+    return add_tiles(acc, value_operand(paired, PLACE), scaled), mma_v2(ones, scaled, sums)
 
 
 @gluon.jit
@@ -137,97 +131,6 @@ def _add_block(acc, sums, weights, even, odd, scales):
     return _add_place(acc, sums, weights[3], paired, scales[3], 3)
 
 
-@gluon.jit
-def _load_centroids(table, first, num_centroids, BLOCKS: gl.constexpr):
-    """The first and the last block of 16 rows of a codebook; past its end, of the last row."""
-    row = first + gl.arange(0, 16, gl.SliceLayout(1, CENTROIDS))
-    channel = gl.arange(0, BLOCK, gl.SliceLayout(0, CENTROIDS))
-    row = gl.minimum(row, num_centroids - 1)
-    at = (table + channel)[None, :] + row[:, None] * (BLOCKS * BLOCK)
-    rows_a = gl.load(at)
-    rows_b = rows_a
-    if BLOCKS == 2:
-        rows_b = gl.load(at + BLOCK)
-    return rows_a, rows_b
-
-
-@gluon.jit
-def _reference(base, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
-    """The highest reference ``[ROWS]`` of all warps."""
-    at = base + gl.arange(0, ROWS, LAYOUT) * 4
-    top = read_floats(at)
-    for warp in gl.static_range(1, WARPS):
-        top = gl.maximum(top, read_floats(at + warp * (4 * ROWS)))
-    return top
-
-
-@gluon.jit
-def _keep(base, warp, top, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
-    """What the weights of a warp are worth by the reference of all."""
-    return gl.exp2(read_floats(base + warp * (4 * ROWS) + gl.arange(0, ROWS, LAYOUT) * 4) - top)
-
-
-@gluon.jit
-def _add_centroids(
-    acc_a, acc_b, rows_a, rows_b, base, warp, centroids, num_centroids,
-    UNIT_OUT: gl.constexpr, BLOCKS: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    """Add every `WARPS`-th block of centroids, the first one given, each times its weight of all warps."""
-    LAYOUT: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
-    LINE: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    top = _reference(base, ROWS, LINE)
-    for first in range(16 * warp, num_centroids, 16 * WARPS):
-        after_a, after_b = _load_centroids(centroids, first + 16 * WARPS, num_centroids, BLOCKS)
-        weights = gl.zeros([16, ROWS], gl.float32, LAYOUT)
-        for other in gl.static_range(WARPS):
-            sums = base + (other + 1) * (1024 * ROWS)
-            weights += weights_of(sums, first, ROWS, LAYOUT) * _keep(base, other, top, ROWS, LINE)[None, :]
-        weights = (weights * (UNIT_OUT * 2.0 ** (3 - FRACTION_BITS))).to(gl.bfloat16)
-        acc_a = _add_tiles(acc_a, row_operand(rows_a), weights)
-        if BLOCKS == 2:
-            acc_b = _add_tiles(acc_b, row_operand(rows_b), weights)
-        rows_a, rows_b = after_a, after_b
-    return acc_a, acc_b
-
-
-@gluon.jit
-def _hand_over(region, acc, sums, OFFSET: gl.constexpr, BLOCK_ID: gl.constexpr, LINE: gl.constexpr):
-    """Write a block of outputs, what the grid's offset adds included."""
-    offsets = gl.max(sums, 0) * OFFSET  # rows of `sums` are equal
-    ROWS: gl.constexpr = sums.shape[1]
-    at = gl.arange(0, 16, gl.SliceLayout(1, MMA))[:, None] * 4
-    at += (region + BLOCK_ID * (4 * BLOCK) + gl.arange(0, ROWS, gl.SliceLayout(0, MMA)) * (4 * LINE))[None, :]
-    for tile in gl.static_range(4):
-        write_floats(at + 64 * tile, acc[tile] + offsets[None, :])
-
-
-@gluon.jit
-def _store(
-    partials, partial_lse, base, balance, slot, query0, row0, live_rows, rows, heads, group, head,
-    UNIT_OUT: gl.constexpr, BALANCED: gl.constexpr, ROWS: gl.constexpr, BLOCKS: gl.constexpr, LINE: gl.constexpr,
-):  # fmt: skip
-    """Store the sum of what warps have handed over."""
-    OUT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
-    RUN: gl.constexpr = gl.SliceLayout(1, OUT)
-    row, channel = gl.arange(0, ROWS, RUN), gl.arange(0, BLOCKS * BLOCK, gl.SliceLayout(0, OUT))
-    top, total = _reference(base, ROWS, RUN), gl.zeros([ROWS], gl.float32, RUN)
-    out = gl.zeros([ROWS, BLOCKS * BLOCK], gl.float32, OUT)
-    place = channel // BLOCK * BLOCK + channel % 8 * 8 + channel % BLOCK // 8
-    for warp in gl.static_range(WARPS):
-        total += read_floats(base + (WARPS + warp) * (4 * ROWS) + row * 4) * _keep(base, warp, top, ROWS, RUN)
-        region = base + (warp + 1) * (1024 * ROWS)
-        out += read_floats((region + row * (4 * LINE))[:, None] + (place * 4)[None, :])
-    out *= ((1.0 / UNIT_OUT) / total)[:, None]
-    if BALANCED:
-        out *= gl.load(balance + channel).to(gl.float32)[None, :]
-    query_row, live = row0 + row, row < live_rows
-    where = (slot.to(gl.int64) * rows + (query0 + query_row // group)) * (heads * group)
-    where += head * group + query_row % group
-    gl.store(partial_lse + where, (top - 3.0 + gl.log2(total)) * LN_2, mask=live)
-    at = where[:, None] * (BLOCKS * BLOCK) + channel[None, :]
-    gl.store(partials + at, out, mask=live[:, None] & (channel[None, :] >= 0))
-
-
 @gluon.jit(
     do_not_specialize=["rows", "heads", "group", "tokens", "table_floats"],
     do_not_specialize_on_alignment=["partial_lse"],
@@ -235,7 +138,7 @@ def _store(
 def few_queries_kernel(  # noqa: PLR0915 - one loop whose state stays in registers
     partials, partial_lse, tables, buffer, pages, items, rows, heads, group, tokens, table_floats,
     key_part, value_part,
-    VALUE: gl.constexpr, BLOCKS: gl.constexpr, ROWS: gl.constexpr, ALIGNED: gl.constexpr,
+    VALUE: gl.constexpr, BLOCKS: gl.constexpr, ROWS: gl.constexpr, ALIGNED: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """Program (share, KV head); `BLOCKS` of channels a head."""
     head = gl.program_id(1)
@@ -268,6 +171,8 @@ def few_queries_kernel(  # noqa: PLR0915 - one loop whose state stays in registe
     codes_a, codes_b, ids, scales_a, scales_b = load_keys(
         buffer, page, key_part, head, tokens, group_id, ALIGNED, BLOCKS
     )  # fmt: skip
+    if OVERLAP:
+        table_id = await_tables(table_id)
     table = tables + (table_id * heads + head).to(gl.int64) * table_floats
     halves = (table + key_part.num_centroids * ROWS).to(gl.pointer_type(gl.float16))
     factors = table + key_part.num_centroids * ROWS + 16 * BLOCKS * BLOCK // 2
@@ -314,9 +219,9 @@ def few_queries_kernel(  # noqa: PLR0915 - one loop whose state stays in registe
             if done > 0:
                 weights_by_id = rescale(weights_by_id, keep, value_part.num_centroids, ROWS, LIKE)
                 spread = gl.convert_layout(keep, gl.SliceLayout(0, MMA))[None, :]
-                acc_a, sums_a = _times(acc_a, spread), sums_a * spread
+                acc_a, sums_a = times(acc_a, spread), sums_a * spread
                 if BLOCKS == 2:
-                    acc_b, sums_b = _times(acc_b, spread), sums_b * spread
+                    acc_b, sums_b = times(acc_b, spread), sums_b * spread
         # Times 8 / 4^place: with its scale, that of a code at this place.
         w0 = gl.exp2(s0 * log2_unit[:, None] - (top - 3.0)[:, None])
         w1 = gl.exp2(s1 * log2_unit[:, None] - (top - 1.0)[:, None])
@@ -334,29 +239,29 @@ def few_queries_kernel(  # noqa: PLR0915 - one loop whose state stays in registe
 
     centroids = (buffer + (book + value_part.centroids)).to(gl.pointer_type(gl.bfloat16))
     centroids += head * value_part.num_centroids * (BLOCKS * BLOCK)
-    rows_a, rows_b = _load_centroids(centroids, 16 * warp, value_part.num_centroids, BLOCKS)
+    rows_a, rows_b = load_centroids(centroids, 16 * warp, value_part.num_centroids, BLOCKS)
     base = meet(base)
     write_floats(base + warp * (4 * ROWS) + row * 4, top)
     write_floats(base + (WARPS + warp) * (4 * ROWS) + row * 4, total)
     base = meet(base)
     ACROSS: gl.constexpr = gl.SliceLayout(0, MMA)
-    spread = _keep(base, warp, _reference(base, ROWS, ACROSS), ROWS, ACROSS)[None, :]
-    acc_a, sums_a = _times(acc_a, spread), sums_a * spread
+    spread = kept(base, warp, highest_reference(base, ROWS, ACROSS), ROWS, ACROSS)[None, :]
+    acc_a, sums_a = times(acc_a, spread), sums_a * spread
     if BLOCKS == 2:
-        acc_b, sums_b = _times(acc_b, spread), sums_b * spread
-    acc_a, acc_b = _add_centroids(
+        acc_b, sums_b = times(acc_b, spread), sums_b * spread
+    acc_a, acc_b = add_centroids(
         acc_a, acc_b, rows_a, rows_b, base, warp, centroids, value_part.num_centroids, UNIT_OUT, BLOCKS, ROWS
     )  # fmt: skip
     base = meet(base)
     OFFSET: gl.constexpr = VALUE.offset / VALUE.step
     OUT_LINE: gl.constexpr = BLOCKS * BLOCK + 4  # other banks for the next row
     region = base + (warp + 1) * (1024 * ROWS)
-    _hand_over(region, acc_a, sums_a, OFFSET, 0, OUT_LINE)
+    hand_over(region, acc_a, sums_a, OFFSET, 0, OUT_LINE)
     if BLOCKS == 2:
-        _hand_over(region, acc_b, sums_b, OFFSET, 1, OUT_LINE)
+        hand_over(region, acc_b, sums_b, OFFSET, 1, OUT_LINE)
     base = meet(base)
     balance = (buffer + (book + value_part.balance)).to(gl.pointer_type(gl.bfloat16)) + head * (BLOCKS * BLOCK)
-    _store(
+    store_outputs(
         partials, partial_lse, base, balance, slot, query0, row0, live_rows, rows, heads, group, head,
         UNIT_OUT, VALUE.balanced, ROWS, BLOCKS, OUT_LINE,
     )  # fmt: skip

@@ -20,8 +20,8 @@ from triton.experimental.gluon import language as gl
 from qvg_paged.kernels._few_operands_gluon import WARPS
 
 __all__ = [
-    "FRACTION_BITS", "SLACK", "add_weights", "allocate", "meet", "read_floats", "rescale", "settle", "stage",
-    "warp_number", "weights_of", "write_floats",
+    "FRACTION_BITS", "SLACK", "add_weights", "allocate", "await_tables", "meet", "read_floats", "rescale", "settle",
+    "stage", "warp_number", "weights_of", "write_floats",
 ]  # fmt: skip
 
 SLACK = gl.constexpr(4.0)
@@ -31,6 +31,7 @@ FRACTION_BITS = gl.constexpr(16)
 
 BASE = gl.constexpr("mov.u32 $0, global_smem;")
 WARP = gl.constexpr("mov.u32 $0, %tid.x;\nshr.u32 $0, $0, 5;")
+AWAIT = gl.constexpr("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;\nmov.u32 $0, $1;")
 SETTLE = gl.constexpr("bar.warp.sync 0xffffffff;\nmov.u32 $0, $1;")
 MEET = gl.constexpr("bar.sync 0;\nmov.u32 $0, $1;")
 COPY = gl.constexpr("cp.async.cg.shared.global [$1], [$2], 16;\nmov.u32 $0, $1;")
@@ -78,6 +79,12 @@ def allocate(any_number, ROWS: gl.constexpr):
 def warp_number(any_number):
     """The number of this warp: it makes every warp's copy of what follows from it its own."""
     return gl.inline_asm_elementwise(WARP, "=r,r", [any_number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def await_tables(table_id):
+    """`table_id`, once the launch before this one has ended; the one after it may begin."""
+    return gl.inline_asm_elementwise(AWAIT, "=r,r", [table_id], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qvg_paged.kernels.launch import launch
+from qvg_paged.kernels.launch import launch, overlapping
 
 __all__ = ["merge_partials", "merge_pieces"]
 
@@ -50,8 +50,13 @@ def _merge_kernel(
 
 @triton.jit(do_not_specialize=["num_partials", "rows"])
 def _merge_row_kernel(
-    out, lse, partials, partial_lse, num_partials, rows, HEAD_DIM: tl.constexpr, TOGETHER: tl.constexpr
+    out, lse, partials, partial_lse, num_partials, rows, HEAD_DIM: tl.constexpr, TOGETHER: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:  # the kernel that computes what is merged may not have ended
+        num_partials = tl.inline_asm_elementwise(
+            "griddepcontrol.wait;\nmov.u32 $0, $1;", "=r,r", [num_partials], dtype=tl.int32, is_pure=False, pack=1
+        )
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, HEAD_DIM)
     top = float("-inf")
@@ -154,7 +159,7 @@ def merge_partials(partials: torch.Tensor, partial_lse: torch.Tensor, out: torch
         together, warps = (64, 8) if rows <= IDLE_ROWS else (16, 4)
         launch(
             _merge_row_kernel, (rows,), out, lse, partials, partial_lse, len(partials), rows,
-            HEAD_DIM=out.shape[-1], TOGETHER=together, num_warps=warps,
+            HEAD_DIM=out.shape[-1], TOGETHER=together, num_warps=warps, **overlapping(out.device),
         )  # fmt: skip
         return
     launch(

@@ -30,8 +30,13 @@ def table_floats(num_centroids: int, head_dim: int, blocks: int, rows: int) -> i
 def query_tables_kernel(
     tables, q, buffer, work, scale_log2, heads, group, floats, key_part, q_stride, q_head_stride,
     KEY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CENTROIDS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (table, KV head, chunk of centroids); `work` holds ``codebook, first query, first row, rows``."""
+    if OVERLAP:  # the kernel that reads the tables may begin
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
     head = tl.program_id(1)
     item = work + tl.program_id(0) * 4
     book, first_query, first_row, live = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)

@@ -236,7 +236,7 @@ def few_queries_attention(
         query_tables_kernel,
         table_floats,
     )
-    from qvg_paged.kernels.launch import launch  # noqa: PLC0415
+    from qvg_paged.kernels.launch import launch, overlapping  # noqa: PLC0415
 
     key, blocks = layout.key, _blocks(layout)
     group = q.shape[1] // key.heads
@@ -250,11 +250,13 @@ def few_queries_attention(
         query_tables_kernel, (len(work.tables), key.heads, math.ceil(key.num_centroids / CENTROIDS)),
         scratch, q, buffer, work.tables, softmax_scale * LOG2_E, key.heads, group, floats, key_part,
         q.stride(0), q.stride(1),
-        KEY=part_code(key), HEAD_DIM=key.head_dim, BLOCKS=blocks, ROWS=rows, CENTROIDS=CENTROIDS, num_warps=4,
+        KEY=part_code(key), HEAD_DIM=key.head_dim, BLOCKS=blocks, ROWS=rows, CENTROIDS=CENTROIDS,
+        OVERLAP=overlapping(q.device)["OVERLAP"], num_warps=4,
     )  # fmt: skip
     launch(
         few_queries_kernel, (len(work.items), key.heads),
         partials, partial_lse, scratch, buffer, pages, work.items, partials.shape[1], key.heads, group, key.tokens,
         floats, key_part, value_part,
         VALUE=part_code(layout.value), BLOCKS=blocks, ROWS=rows, ALIGNED=key.tokens % 4 == 0, num_warps=WARPS,
+        **overlapping(q.device),
     )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 import triton
 from triton.runtime import JITFunction
 
-__all__ = ["Launch", "MovedLaunch", "launch", "movable", "recorded"]
+__all__ = ["Launch", "MovedLaunch", "launch", "movable", "overlapping", "recorded"]
 
 Launch = Callable[[int], None]
 """A launch with all its arguments, on the raw CUDA stream it is given; memory it points to must still be there."""
@@ -60,6 +60,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         made(0)
     if _thread.record is not None:
         _thread.record.append(made)
+
+
+@lru_cache
+def overlapping(device: torch.device) -> dict[str, bool]:
+    """Constants of a launch that may begin before the one it follows has ended, for whose results its kernel waits."""
+    overlaps = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}
 
 
 @contextmanager

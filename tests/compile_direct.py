@@ -84,7 +84,9 @@ def compile_few_queries(head_dim: int, rows: int) -> dict[str, Any]:
         FORMATS["qvg4-int2"], num_layers=1, tokens=1560, heads=4, head_dim=head_dim, dtype=torch.bfloat16,
         span_tokens=4680,
     )  # fmt: skip
-    constants = {"VALUE": part_code(layout.value), "BLOCKS": head_dim // 64, "ROWS": rows, "ALIGNED": True}
+    constants = {
+        "VALUE": part_code(layout.value), "BLOCKS": head_dim // 64, "ROWS": rows, "ALIGNED": True, "OVERLAP": True,
+    }  # fmt: skip
     pointers = {"partials": "*fp32", "partial_lse": "*fp32", "tables": "*fp32", "buffer": "*u8", "pages": "*i32",
                 "items": "*i32"}  # fmt: skip
     done = compile_gluon(kernel, pointers, {}, constants, {"num_warps": few_queries.WARPS})

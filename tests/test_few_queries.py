@@ -50,7 +50,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     from interpreted_gluon import interpreted, run_as_warps  # noqa: PLC0415
 
     folder = Path(few_queries.__file__).parent
-    parts = [folder / f"_few_{part}_gluon.py" for part in ("operands", "loads", "shared")]
+    parts = [folder / f"_few_{part}_gluon.py" for part in ("operands", "loads", "shared", "outputs")]
     module = interpreted(folder / "_few_queries_gluon.py", parts)
     run_as_warps(module.few_queries_kernel, few_queries.WARPS)
     monkeypatch.setitem(sys.modules, "qvg_paged.kernels._few_queries_gluon", module)

@@ -20,7 +20,7 @@ from triton.backends.compiler import BaseBackend
 from triton.runtime.jit import JITFunction
 
 from qvg_paged.kernels import launch as module
-from qvg_paged.kernels.launch import launch, movable, recorded
+from qvg_paged.kernels.launch import launch, movable, overlapping, recorded
 
 KERNELS = Path(module.__file__).parent
 
@@ -166,3 +166,15 @@ def test_decoding_launches_nothing_that_could_not_be_repeated(name: str) -> None
     source = (KERNELS / f"{name}.py").read_text()
     assert "launch(" in source
     assert not re.findall(r"_kernel\[|\.(zero_|fill_|copy_|index_copy_)\(", source)
+
+
+@pytest.mark.parametrize(("capability", "overlaps"), [((8, 9), False), ((9, 0), True), ((10, 0), True)])
+def test_launches_overlap_where_a_kernel_can_wait_for_the_one_before(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], overlaps: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    overlapping.cache_clear()
+    constants = overlapping(torch.device("cuda", 0))
+    overlapping.cache_clear()
+    assert constants == ({"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False})
+    assert overlapping(torch.device("cpu")) == {"OVERLAP": False}
