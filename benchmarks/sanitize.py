@@ -75,6 +75,7 @@ RUNS = (
     Watched("best-2bit", 61, 64, rope=False),
     Watched("qvg-int4", 1, 64, rope=True),
     Watched("qvg-pro-int2", 33, 128, rope=False),
+    Watched("qvg4-int2", 13, 128, rope=False),
 )
 
 WATCHED = {"memcheck": RUNS, "racecheck": RUNS[2:]}
