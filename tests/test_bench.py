@@ -252,3 +252,20 @@ def test_tuning_writes_the_table_that_auto_reads(tmp_path: Path, monkeypatch: py
     load = Workload(queries=16, keys=256, heads=2, head_dim=64, format="qvg4-int2", rope=True)
     assert table_for("cpu").choose(load, [AttentionPath.STAGED]) is AttentionPath.STAGED
     table_for.cache_clear()
+
+
+def test_runs_of_one_machine_are_one_result_and_rows_measured_twice_are_refused(tmp_path: Path) -> None:
+    files = []
+    for part in ("manager", "decode"):
+        files.append(tmp_path / f"{part}.json")
+        arguments = ["bench", part, "--quick", "--device", "cpu", "--out", str(tmp_path), "--json", str(files[-1])]
+        assert runner.invoke(cli.app, arguments).exit_code == 0
+    manager, decode = (json.loads(file.read_text()) for file in files)
+    join = cli._benchmark("bench_together").together
+    both = join([manager, decode])
+    assert both["results"]["rows"] == manager["results"]["rows"] + decode["results"]["rows"]
+    assert [row["bound"] for row in both["results"]["bounds"]] == [r["bound"] for r in manager["results"]["bounds"]]
+    with pytest.raises(ValueError, match="got twice"):
+        join([manager, manager])
+    with pytest.raises(ValueError, match="commit"):
+        join([manager, {**decode, "commit": "another"}])
