@@ -36,9 +36,10 @@ def together(runs: list[Result]) -> Result:
     twice = {name for name in named if named.count(name) > 1}
     if twice:
         raise ValueError(f"rows: expected each in one run, got twice: {sorted(twice)}")
+    waiting = dict.fromkeys(row for part in found for row in part["not_started"] if row not in named)
     results = {
         "ceilings": found[0]["ceilings"], "rows": rows, "bounds": judge(rows),
-        "not_started": [row for part in found for row in part["not_started"] if row not in named],
+        "not_started": [*waiting],
         "seconds": sum(part["seconds"] for part in found), "right": all(part["right"] for part in found),
         "warnings": [line for part in found for line in part["warnings"]],
     }  # fmt: skip

@@ -236,6 +236,8 @@ def test_the_checker_does_not_believe_the_log(runs: list[Run]) -> None:
         found = {violation.invariant for violation in check_log_until(broken(run, seq, **changes), seq + 1)}
         assert invariant in found, changes
     assert {v.invariant for v in check_log(run.lines[: seq + 1])} == {"drained"}
+    parked = [[plan["waiting"][0][0], "parked"]]  # by a plan in which it waits: found, and the rest is checked, too
+    assert "transitions" in {v.invariant for v in check_log(broken(run, seq, parked=parked))}
     memory = next(r["seq"] for r in log if r["kind"] == "engine" and r["event"] == "memory")
     assert "memory" in {v.invariant for v in check_log_until(broken(run, memory, fits=False), memory + 1)}
     assert "engine" in {v.invariant for v in check_log_until(broken(run, memory, open=99), memory + 1)}

@@ -176,8 +176,8 @@ class Checker:
         for name, reason in plan["parked"]:
             self._check_park(name, reason)
             stream = ledger.streams[name]
-            stream.state, stream.reason, stream.nbytes = "parked", reason, 0
-            ledger.places.park(name)
+            stream.state, stream.nbytes = "parked", 0
+            ledger.places.park(name, reason)
         for key, before in (("resumed", "parked"), ("admitted", "queued")):
             for name in plan[key]:
                 stream = ledger.streams[name]

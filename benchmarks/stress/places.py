@@ -79,10 +79,11 @@ class Places:
             self.backed += stream.backed * stream.worst
         self.running[name] = stream
 
-    def park(self, name: str) -> None:
-        """It waits to go on."""
+    def park(self, name: str, reason: str) -> None:
+        """It waits to go on; who does not run stays where it is, which is for others to find."""
         stream = self.running.pop(name, None)
         if stream is not None:
+            stream.reason = reason
             self.parked[name] = stream
             self._wait(name, stream)
 
