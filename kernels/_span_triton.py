@@ -1,6 +1,6 @@
 """Encodes a span with Triton: all heads of K and V in a dozen launches, none of which waits for the host."""
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -176,6 +176,7 @@ def fit_rows(
     return found
 
 
-@lru_cache(maxsize=256)
+@cache
 def _seeds(span_tokens: int, count: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Kept for good: launches that are repeated know where they lie."""
     return seed_rows(span_tokens, 1, count, seed)[0].int().to(device)

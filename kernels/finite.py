@@ -33,13 +33,14 @@ class FiniteFlags:
         self._on_gpu = buffer.device.type == "cuda"
         self._flags = torch.zeros(FLAGS, dtype=torch.int32, pin_memory=self._on_gpu)
         self._on_host: Any = self._flags.numpy()
+        self._place = self._flags.data_ptr()
         self._streams: dict[int, torch.cuda.Stream] = {}
 
     def look(self, start: int, stop: int, number: int) -> None:
         """Set a flag, behind what was launched so far on the current stream, if bytes `start` to `stop` hold NaN or
         infinity.
         """
-        key = "look", start, stop, number
+        key = "look", self._place, start, stop, number
         launches = self._kept.get(key)
         if launches is None:
             if len(self._kept) >= KEPT:

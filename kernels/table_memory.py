@@ -107,16 +107,27 @@ class TableMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._free: dict[tuple[int, ...], list[Upload]] = {}
+        self._free: dict[tuple[tuple[int, ...], int], list[Upload]] = {}
 
     def take(self, formats: tuple[int, ...]) -> tuple[Upload, list[Upload]]:
-        """One for entries of one sequence, and where to put it when the device is done with it: see `keep`."""
-        free = self._free.get(formats)
+        """One for entries of one sequence, of the current stream, and where to put it when the device is done with it: see
+        `keep`.
+        """
+        key = formats, _stream(self.device)
+        free = self._free.get(key)
         if free is None:
-            if len(self._free) == SHAPES:
+            if len(self._free) >= SHAPES:
                 self._free.clear()
-            free = self._free[formats] = []
-        return free.pop() if free else Upload(formats, (0, len(formats)), self.device), free
+            free = self._free[key] = []
+        try:
+            return free.pop(), free
+        except IndexError:
+            return Upload(formats, (0, len(formats)), self.device), free
+
+
+def _stream(device: torch.device) -> int:
+    """The current stream: memory goes back to the one it was allocated on, whoever reads it by then."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def keep(upload: Upload, free: list[Upload]) -> None:

@@ -6,7 +6,7 @@ from math import isfinite
 import torch
 
 from qvg_paged.chunk import Chunk
-from qvg_paged.kernels.backend import Backend, uses_triton
+from qvg_paged.kernels.backend import Backend, kernel_scope, uses_triton
 from qvg_paged.kernels.finite import FLAGS, HALF, FiniteFlags
 from qvg_paged.kernels.layout import GRANULE, PageLayout
 from qvg_paged.page import Page
@@ -35,9 +35,14 @@ class FiniteCheck:
             return self._summed(chunks)
         if len(chunks) > FLAGS:
             return [*self.broken(chunks[:FLAGS]), *self.broken(chunks[FLAGS:])]
-        for number, chunk in enumerate(chunks):
-            for start, stop in self._stretches(chunk.reservation.scratch):
-                self._flags.look(start, stop, number)
+        try:
+            with kernel_scope(self._pool.buffer.device):
+                for number, chunk in enumerate(chunks):
+                    for start, stop in self._stretches(chunk.reservation.scratch):
+                        self._flags.look(start, stop, number)
+        except BaseException:
+            self._flags.found(FLAGS)  # what was launched must not be told of other chunks
+            raise
         return [chunk for chunk, found in zip(chunks, self._flags.found(len(chunks)), strict=True) if found]
 
     def _summed(self, chunks: Sequence[Chunk]) -> list[Chunk]:

@@ -115,8 +115,7 @@ def _store(
     """The image's bytes on the tier wanted, or on the first that has room; copies to the host follow its digests."""
     if tier is not Tier.DISK:
         try:
-            host = _to_host(manager, runs)
-            return Parked(image.with_digests(digests()), host=host)
+            return _on_host(manager, image, digests, runs)
         except OutOfMemoryError:
             if tier is Tier.HOST or manager.disk is None:
                 raise
@@ -127,6 +126,15 @@ def _store(
 
     image = image.with_digests(digests())
     return Parked(image, disk=_to_disk(manager, stream, image, read))
+
+
+def _on_host(manager: "KVCacheManager", image: Image, digests: Callable[[], list[int]], runs: Runs) -> Parked:
+    extents = _to_host(manager, runs)
+    try:
+        return Parked(image.with_digests(digests()), host=extents)
+    except BaseException:
+        manager.host.free(extents)
+        raise
 
 
 def _to_host(manager: "KVCacheManager", runs: Runs) -> list[Extent]:

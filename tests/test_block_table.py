@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qvg_paged.kernels import table_memory
 from qvg_paged.kernels.block_table import BlockTable, FormatGroup
 from qvg_paged.kernels.table_memory import KEPT, SHAPES, TableMemory
 
@@ -89,6 +90,18 @@ def test_a_table_that_nobody_has_asked_for_gives_nothing_back() -> None:
     memory = TableMemory(torch.device("cpu"))
     of_one(memory, 10).retire(idle=True)
     assert not memory._free
+
+
+def test_memory_is_used_again_only_on_the_stream_it_was_allocated_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere it would go back to that stream while others still read it."""
+    memory = TableMemory(torch.device("cpu"))
+    first = of_one(memory, 10)
+    place = address(first.groups[0])
+    first.retire(idle=True)
+    with monkeypatch.context() as other:
+        other.setattr(table_memory, "_stream", lambda _: 7)
+        assert address(of_one(memory, 20).groups[0]) != place
+    assert address(of_one(memory, 30).groups[0]) == place
 
 
 def test_memory_of_few_tables_is_kept() -> None:

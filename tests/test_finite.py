@@ -1,5 +1,7 @@
 """The check of a commit: every NaN and infinity is found, and no number is taken for one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 
 import pytest
@@ -10,6 +12,7 @@ from qvg_paged import CacheConfig, Chunk, FreeFill, KVCacheManager
 from qvg_paged.config import ModelSpec
 from qvg_paged.finite import FiniteCheck
 from qvg_paged.kernels.backend import Backend
+from qvg_paged.kernels.finite import FiniteFlags
 
 pytest.importorskip("triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -100,6 +103,57 @@ def test_launches_are_repeated_until_the_pools_memory_is_another(monkeypatch: py
         assert check.broken([chunk]) == [chunk]
         monkeypatch.setattr("qvg_paged.kernels.finite.KEPT", 1)
         values_of(cache, chunk, 0)[3] = 0
+        assert check.broken([chunk]) == []
+
+
+def test_a_check_that_fails_halfway_leaves_nothing_to_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache()
+    check = check_of(cache, Backend.TRITON)
+    chunks = cache.begin_chunks([cache.open(name, window=WINDOW) for name in "ab"])
+    values = values_of(cache, chunks[0], 0)
+    values[0] = float("nan")
+    look = FiniteFlags.look
+
+    def fail_at_the_second(flags: FiniteFlags, start: int, stop: int, number: int) -> None:
+        if number:
+            raise RuntimeError("launch")
+        look(flags, start, stop, number)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(FiniteFlags, "look", fail_at_the_second)
+        with pytest.raises(RuntimeError, match="launch"):
+            check.broken(chunks)
+    values[0] = 0
+    assert check.broken(chunks) == []
+
+
+def test_two_checks_of_a_pool_do_not_set_each_others_flags() -> None:
+    cache = make_cache()
+    one, other = check_of(cache, Backend.TRITON), check_of(cache, Backend.TRITON)
+    with cache.open("a", window=WINDOW).begin_chunk(1) as chunk:
+        assert one.broken([chunk]) == []
+        values_of(cache, chunk, 0)[0] = float("nan")
+        assert other.broken([chunk]) == [chunk]
+        values_of(cache, chunk, 0)[0] = 0
+        assert one.broken([chunk]) == []
+
+
+def test_kernels_are_launched_on_the_pools_device_whatever_the_current_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache()
+    check, scopes = check_of(cache, Backend.TRITON), list[torch.device]()
+
+    @contextmanager
+    def scope(device: torch.device) -> Iterator[None]:
+        scopes.append(device)
+        yield
+        scopes.pop()
+
+    def look(*_: object) -> None:
+        assert scopes == [cache.device]
+
+    monkeypatch.setattr("qvg_paged.finite.kernel_scope", scope)
+    monkeypatch.setattr(FiniteFlags, "look", look)
+    with cache.open("a", window=WINDOW).begin_chunk() as chunk:
         assert check.broken([chunk]) == []
 
 

@@ -135,6 +135,25 @@ def test_what_must_be_on_the_machine_first_has_begun_before_the_attention_beside
     assert "attend 2" in main.behind
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_graph_waits_for_no_event_of_a_call_before_it(cuda: FakeCuda, count: int) -> None:
+    def call(name: str) -> None:
+        def decode(_: int, stream: FakeStream | None) -> None:
+            (cuda.current if stream is None else stream).launch(f"decode {name}")
+
+        for _ in staged([Step(i, decode) for i in range(count)], DEVICE, ahead=True, first=True, lookahead=Lookahead()):  # type: ignore[arg-type]
+            cuda.current.launch(f"attend {name}")
+
+    call("eagerly")
+    side = module._beside(DEVICE, cuda.current, module.BEFORE)  # type: ignore[arg-type]
+    side.ready.behind.add("recorded outside")  # type: ignore[attr-defined]
+    waited: list[set[str]] = []
+    cuda.current.wait_event = lambda event: waited.append(set(event.behind))  # type: ignore[method-assign]
+    cuda.capturing = True
+    call("in a graph")
+    assert all("recorded outside" not in behind for behind in waited)
+
+
 @pytest.mark.parametrize("attended", [0, 1, 2])
 def test_what_was_decoded_is_waited_for_when_an_attention_fails(cuda: FakeCuda, attended: int) -> None:
     main, halves = cuda.current, Halves()

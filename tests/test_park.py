@@ -64,6 +64,23 @@ def filled(cache: KVCacheManager, name: str = "a", frames: int = 11, seed: int =
     return stream
 
 
+def test_a_park_whose_digests_fail_leaves_the_stream_and_the_host_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tier_cache()
+    stream = filled(cache)
+    before = page_bytes(stream)
+
+    def digests() -> list[int]:
+        raise RuntimeError("device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("qvg_paged.park.start_digests", lambda *_: digests)
+        with pytest.raises(RuntimeError, match="device"):
+            stream.park(Tier.HOST)
+    assert cache.host.used_nbytes == 0
+    assert page_bytes(stream) == before
+    assert stream.park(Tier.HOST) is Tier.HOST
+
+
 @pytest.mark.parametrize("tier", Tier)
 def test_a_parked_stream_leaves_the_pool_and_comes_back_byte_for_byte(tier: Tier, tmp_path: Path) -> None:
     events: list[CacheEvent] = []
