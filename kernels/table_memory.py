@@ -110,7 +110,7 @@ class TableMemory:
         self._free: dict[tuple[tuple[int, ...], int], list[Upload]] = {}
 
     def take(self, formats: tuple[int, ...]) -> tuple[Upload, list[Upload]]:
-        """One for entries of one sequence, of the current stream, and where to put it when the device is done: `keep`."""
+        """One for entries of one sequence, of the current stream, and where it goes when the device is done: `keep`."""
         key = formats, _stream(self.device)
         free = self._free.get(key)
         if free is None:
