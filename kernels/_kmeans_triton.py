@@ -149,7 +149,7 @@ def _dot_dtype(group: RowGroup) -> tl.dtype:
 
 
 ASSIGN = {"T": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
-HOPPER_KERNEL = GluonKernel("_sum_gluon", "sums of clusters are taken by a slower kernel")
+HOPPER_KERNEL = GluonKernel("_sum_gluon", "tokens of spans are clustered by slower kernels")
 HOPPER_ASSIGN = {"AHEAD": 2, "num_warps": 4}
 HOPPER_SUM = {"AHEAD": 3, "num_warps": 8}
 """Tiles asked for before they are added up."""
