@@ -103,8 +103,8 @@ def make_plan(
             capacity = max(0, scratch) // page_nbytes
             if capacity > 1:
                 room = Room(capacity // 2, capacity=capacity)
-                narrow = _spare(q, cu_queries, part) if all(layouts[f].is_uniform for f in table.groups) else 0
-                narrow = narrow if len(rows) == len(longest) or not batched else 0
+                narrows = len(rows) == len(longest) and all(layouts[f].is_uniform for f in table.groups)
+                narrow = _spare(q, cu_queries, part) if narrows else 0
                 plan = Plan(cut(room, batched), scratch, True, capacity, running > 0, narrow)
                 if running or all(_merged_at_once(cohort, q, cu_queries, part) for cohort in plan.cohorts):
                     return plan

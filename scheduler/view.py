@@ -8,7 +8,7 @@ from typing import Any
 
 from qvg_paged.scheduler.request import StreamRequest, StreamState
 
-__all__ = ["StreamView", "SystemView", "TenantView"]
+__all__ = ["StreamView", "SystemView", "TenantView", "drafted"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,6 +213,16 @@ _here = _Here()
 TURN = threading.Lock()
 
 
+def finish(threads: list[threading.Thread], failures: list[BaseException]) -> None:
+    """Run threads that note their failures, to their ends; raises the first failure."""
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
 def run_as_warps(kernel: Any, count: int) -> None:
     """Let every program of `kernel` be run by `count` threads, which are its warps."""
     program = kernel.rewrite()
@@ -233,12 +243,7 @@ def run_as_warps(kernel: Any, count: int) -> None:
                     barrier.abort()
 
         threads = [threading.Thread(target=run, args=(warp,)) for warp in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if failures:
-            raise failures[0]
+        finish(threads, failures)
 
     by_warps.__signature__ = inspect.signature(program)  # type: ignore[attr-defined]
     kernel.rewritten_fn[kernel.fn] = by_warps

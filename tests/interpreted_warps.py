@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from interpreted_gluon import _Language, _Layout, _plain, _Shared
+from interpreted_gluon import _Language, _Layout, _plain, _Shared, finish
 
 SHARED = np.full(1 << 15, 0xFFFFFFFF, np.uint32)
 """What is read by address: where a program's shared memory starts."""
@@ -134,12 +134,7 @@ class _Warps(_Language):
                     failures.append(failure)
 
         threads = [threading.Thread(target=run, args=partition) for partition in reversed(partitions)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if failures:
-            raise failures[0]
+        finish(threads, failures)
 
 
 def _fused(a: Any, b: _Shared, acc: Any, *, use_acc: bool = True, **_: object) -> Any:
